@@ -1,0 +1,74 @@
+"""What a clustering and a plan look like: sizes, coverage, purity, terms and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clusterlib.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What an epoch of a plan visits.
+
+    Attributes:
+        num_strata, num_batches: counts.
+        coverage_fraction: rows visited, of all rows.
+        pure_fraction: batches whose rows are of one stratum, of all batches.
+    """
+
+    num_strata: int
+    num_batches: int
+    coverage_fraction: float
+    pure_fraction: float
+
+
+def summarize(plan: Plan) -> PlanSummary:
+    """Coverage and purity of a plan."""
+    return PlanSummary(
+        num_strata=len(plan.strata),
+        num_batches=plan.num_batches,
+        coverage_fraction=plan.num_planned_rows / plan.num_rows,
+        pure_fraction=plan.num_pure_batches / plan.num_batches,
+    )
+
+
+def imbalance(sizes: Sequence[int] | np.ndarray) -> float:
+    """k times the sum of squared shares: 1 when all clusters are equal, k when one holds everything.
+
+    As reported by FAISS (`imbalance_factor` in faiss/utils/utils.cpp).
+    """
+    shares = np.asarray(sizes, float) / np.sum(sizes)
+    return float(len(shares) * (shares**2).sum())
+
+
+def top_terms(texts: Sequence[str], clusters: np.ndarray, k: int, num_terms: int) -> list[list[str]]:
+    """The words that tell each cluster from the others, by class-based TF-IDF.
+
+    A word's weight in a cluster is its share of the cluster's words times log(1 + A / f), A the mean number
+    of words of a cluster and f the word's count over all (Grootendorst 2022, arXiv 2203.05794, eq. 2).
+
+    Args:
+        clusters: int [rows], the cluster of each text.
+
+    Returns:
+        For each of k clusters, up to `num_terms` words, strongest first.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]\w+\b", min_df=2)
+    try:
+        words = vectorizer.fit_transform(texts)
+    except ValueError:  # no word occurs twice
+        return [[] for _ in range(k)]
+    counts = np.stack([np.asarray(words[clusters == cluster].sum(axis=0)).ravel() for cluster in range(k)])
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    weights = counts / totals * np.log1p(counts.sum() / k / np.maximum(counts.sum(axis=0), 1))
+    names = vectorizer.get_feature_names_out()
+    return [
+        [str(names[word]) for word in np.argsort(-row, kind="stable")[:num_terms] if row[word] > 0]
+        for row in weights
+    ]

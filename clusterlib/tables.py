@@ -1,0 +1,230 @@
+"""The tables that flow between stages: one pyarrow schema each, ids, and row-level validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.uint64()),
+        ("source", pa.string()),
+        ("query_id", pa.uint64()),
+        ("query", pa.string()),
+        ("passage_id", pa.uint64()),
+        ("passage", pa.string()),
+        ("topic", pa.string()),
+    ]
+)
+
+REJECTS = pa.schema([("source", pa.string()), ("file", pa.string()), ("row", pa.int64()), ("reason", pa.string())])
+
+# Nodes of every source's merge tree, leaves first: see clusterlib.tree.
+TREE = pa.schema(
+    [
+        ("source", pa.string()),
+        ("node", pa.int32()),
+        ("left", pa.int32()),
+        ("right", pa.int32()),
+        ("first_leaf", pa.int32()),
+        ("num_leaves", pa.int32()),
+        ("num_pairs", pa.int64()),
+    ]
+)
+
+# Where the rows of each leaf lie: `num_rows` rows of `file` from `first_row`, inside `row_group`.
+INDEX = pa.schema(
+    [
+        ("source", pa.string()),
+        ("leaf", pa.int32()),
+        ("file", pa.int32()),
+        ("row_group", pa.int32()),
+        ("first_row", pa.int64()),
+        ("num_rows", pa.int64()),
+    ]
+)
+
+# One row for every optimizer step; means are over the global batch.
+STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int64()),
+        ("stratum", pa.string()),
+        ("loss", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("positive_similarity", pa.float64()),
+        ("negative_similarity", pa.float64()),
+        ("hardness", pa.float64()),
+        ("masked_fraction", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("gradient_norm", pa.float64()),
+        ("num_tokens", pa.int64()),
+        ("step_seconds", pa.float64()),
+        ("data_seconds", pa.float64()),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        ("run", pa.string()),
+        ("step", pa.int64()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+
+
+def embeddings_schema(width: int) -> pa.Schema:
+    """`pairs` and the teacher's unit vectors, float16 of `width` dimensions."""
+    vector = pa.list_(pa.float16(), width)
+    return pa.schema([*PAIRS, ("query_embedding", vector), ("passage_embedding", vector)])
+
+
+def centroids_schema(width: int) -> pa.Schema:
+    """The merge tree, with the unit mean of each node's sampled pairs, float32 of `width` dimensions."""
+    return pa.schema([*TREE, ("centroid", pa.list_(pa.float32(), width))])
+
+
+def token_type(vocabulary_size: int) -> pa.DataType:
+    """The narrowest type that holds every token id of a vocabulary."""
+    return pa.uint16() if vocabulary_size <= 2**16 else pa.int32()
+
+
+def shards_schema(token: pa.DataType) -> pa.Schema:
+    """Rows ready to train on: ids, cluster and unpadded token ids, prompts and special tokens included."""
+    return pa.schema(
+        [
+            ("pair_id", pa.uint64()),
+            ("source", pa.string()),
+            ("leaf", pa.int32()),
+            ("query_id", pa.uint64()),
+            ("passage_id", pa.uint64()),
+            ("query_tokens", pa.list_(token)),
+            ("passage_tokens", pa.list_(token)),
+        ]
+    )
+
+
+def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A fixed_size_list column as an array [rows, width] of its own dtype, without Python objects."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+
+
+def fixed_size_list(matrix: np.ndarray) -> pa.FixedSizeListArray:
+    """An array [rows, width] as a fixed_size_list column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).reshape(-1)), matrix.shape[1])
+
+
+def text_ids(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """64-bit ids of texts: equal text, equal id, whatever source or file it was read from.
+
+    Texts that differ only in Unicode composition, case or white space are equal. A billion distinct
+    texts collide with probability n^2 / 2^65 = 3%, and a collision only masks one negative.
+
+    Returns:
+        uint64 [rows], the xxh3_64 of the normalised UTF-8.
+    """
+    normal = pc.utf8_normalize(texts, form="NFC")
+    normal = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(normal), r"\s+", " "))
+    values = normal.cast(pa.binary()).to_pylist()
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, values), dtype=np.uint64, count=len(values))
+
+
+def pair_ids(sources: Sequence[str], query_ids: np.ndarray, passage_ids: np.ndarray) -> np.ndarray:
+    """64-bit ids of pairs [rows]: of the source and both texts' ids."""
+    rows = np.stack([query_ids, passage_ids], axis=1).tobytes()
+    return np.fromiter(
+        (
+            xxhash.xxh3_64_intdigest(source.encode() + rows[16 * row : 16 * row + 16])
+            for row, source in enumerate(sources)
+        ),
+        dtype=np.uint64,
+        count=len(query_ids),
+    )
+
+
+def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tuple[pa.Table, pa.Table]:
+    """Rows as read, split into usable pairs and rejects with reasons.
+
+    Args:
+        raw: columns row (int64, the row's number in its file), query, passage and topic, of any type.
+        max_chars: a longer query or passage is refused: it is no text, or needs splitting first.
+
+    Returns:
+        A table of schema PAIRS and one of schema REJECTS; together as many rows as `raw`.
+    """
+    reasons: list[str | None] = [None] * raw.num_rows
+    columns = {}
+    for name in ("query", "passage"):
+        column = raw[name]
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            if not pa.types.is_null(column.type):
+                reasons = [f"{name} is {column.type}, not text"] * raw.num_rows
+            column = pa.nulls(raw.num_rows, pa.string())
+        column, undecodable = _decode(column)
+        for row in undecodable:
+            reasons[row] = reasons[row] or f"{name} is not UTF-8"
+        text = pc.utf8_trim_whitespace(column.cast(pa.string()).combine_chunks())
+        length = pc.fill_null(pc.utf8_length(text), -1).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero((length <= 0) | (length > max_chars)):
+            if reasons[row] is None:
+                state = {-1: "missing", 0: "empty"}.get(int(length[row]))
+                reasons[row] = f"{name} is {state}" if state else f"{name} is over {max_chars} characters"
+        columns[name] = text
+    keep = pa.array([reason is None for reason in reasons])
+    query, passage = (columns[name].filter(keep) for name in ("query", "passage"))
+    query_id, passage_id = text_ids(query), text_ids(passage)
+    topic = raw["topic"].cast(pa.string()).combine_chunks().filter(keep)
+    sources = [source] * len(query)
+    pairs = pa.Table.from_arrays(
+        [
+            pa.array(pair_ids(sources, query_id, passage_id)),
+            pa.array(sources, pa.string()),
+            pa.array(query_id),
+            query,
+            pa.array(passage_id),
+            passage,
+            topic,
+        ],
+        schema=PAIRS,
+    )
+    bad = pc.invert(keep)
+    rows = raw["row"].combine_chunks().filter(bad)
+    return pairs, rejects(source, file, rows.to_pylist(), [reason for reason in reasons if reason is not None])
+
+
+def _decode(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:
+    """The column with text that is not UTF-8 (Parquet writers do not all check) replaced by null, and its rows."""
+    try:
+        column.validate(full=True)
+        return column, []
+    except pa.ArrowInvalid:
+        texts: list[str | None] = []
+        bad = []
+        for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+            try:
+                texts.append(None if value is None else value.decode())
+            except UnicodeDecodeError:
+                texts.append(None)
+                bad.append(row)
+        return pa.chunked_array([pa.array(texts, pa.string())]), bad
+
+
+def rejects(source: str, file: str, rows: Sequence[int], reasons: Sequence[str]) -> pa.Table:
+    """A table of schema REJECTS."""
+    return pa.Table.from_arrays(
+        [
+            pa.array([source] * len(rows), pa.string()),
+            pa.array([file] * len(rows), pa.string()),
+            pa.array(rows, pa.int64()),
+            pa.array(reasons, pa.string()),
+        ],
+        schema=REJECTS,
+    )

@@ -1,0 +1,169 @@
+"""embed: `pairs` -> `embeddings`, the same rows with the teacher's unit vectors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
+from clusterlib.config import Config, runtime
+from clusterlib.errors import StrataError
+from clusterlib.tables import embeddings_schema, fixed_size_list
+from pipelines.stage import Task, Workers, run_tasks
+from train.model import ModelRef
+
+_ROW_GROUP_ROWS = 8192
+
+
+class EmbedConfig(Config):
+    """The teacher: any sentence-transformers or Hugging Face encoder."""
+
+    teacher: ModelRef
+    max_tokens: int | None = Field(None, ge=3, description="longer texts are cut; by default at the model's own limit")
+    query_prompt: str | None = Field(None, description="put before each query; by default the model's own prompt")
+    passage_prompt: str | None = Field(None, description="put before each passage; by default the model's own")
+
+    max_workers: int | None = runtime(None, ge=1, description="processes; by default as many as there is room for")
+    cpus_per_worker: float = runtime(1, gt=0)
+    gpus_per_worker: float = runtime(0, ge=0, description="1 or a share of one on GPU nodes; bf16 there")
+    batch_tokens: int = runtime(16_384, ge=1, description="tokens, padding included, encoded at once")
+    task_rows: int = runtime(16_384, ge=1, description="rows a task embeds before it signs for them")
+
+
+def embeddings_spec(config: EmbedConfig, pairs: str) -> Spec:
+    """What the embeddings are made from; `pairs` is a fingerprint."""
+    return Spec("embeddings", 1, config.content(), {"pairs": pairs})
+
+
+def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
+    """Embed both sides of every pair into the `embeddings` artifact.
+
+    Raises:
+        StrataError: the teacher cannot be loaded, or gives a zero or non-finite vector.
+    """
+    spec = embeddings_spec(config, pairs.fingerprint)
+    made = root.find(spec)
+    if made is not None:
+        return made
+    config.teacher.folder()  # fail here, with one message, rather than in every worker
+    draft = Draft(root, spec)
+    tasks = [Task(piece.id, piece) for piece in pairs.slices(config.task_rows)]
+    workers = Workers(config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
+    receipts = run_tasks(draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers)
+    stats = {"num_rows_by_source": pairs.stats["num_rows_by_source"], "width": receipts[0].stats["width"]}
+    return draft.publish(receipts, stats)
+
+
+class Teacher:
+    """A loaded encoder with its own pooling, normalisation and prompts."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # A folder without modules.json is a plain encoder: sentence-transformers pools it by the mean.
+        self.model = SentenceTransformer(
+            str(config.teacher.folder()),
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={
+                "use_safetensors": True,
+                "dtype": torch.bfloat16 if device == "cuda" else torch.float32,
+            },
+        ).eval()
+        self._batch_tokens = config.batch_tokens
+        self._max_tokens = min(
+            limit for limit in (config.max_tokens, self.model.max_seq_length, 2**20) if limit is not None
+        )
+        self._prompts = {
+            "query": self._prompt(config.query_prompt, "query"),
+            "passage": self._prompt(config.passage_prompt, "document", "passage", "corpus"),
+        }
+
+    def _prompt(self, given: str | None, *names: str) -> str:
+        """The prompt asked for, or the model's own under the first of `names` it has."""
+        if given is not None:
+            return given
+        return next((self.model.prompts[name] or "" for name in names if name in self.model.prompts), "")
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], side: str) -> np.ndarray:
+        """Unit vectors float16 [len(texts), D]; each distinct text is encoded once.
+
+        Args:
+            side: query or passage; says which prompt to put before the texts.
+        """
+        prompt = self._prompts[side]
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        tokenizer = self.model.tokenizer
+        encoded = tokenizer(
+            [prompt + text for text in distinct],
+            truncation=True,
+            max_length=self._max_tokens,
+            padding=False,
+            return_attention_mask=True,
+        )
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        vectors: np.ndarray | None = None
+        for rows in _batches(lengths, self._batch_tokens):
+            features: dict[str, Any] = tokenizer.pad(
+                {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
+            ).to(self.model.device)
+            if prompt:  # some poolings leave the prompt out of the mean
+                features["prompt_length"] = len(tokenizer(prompt)["input_ids"]) - 1
+            embedded = self.model(features)["sentence_embedding"].float()
+            embedded = torch.nn.functional.normalize(embedded, dim=-1).half().cpu().numpy()
+            if vectors is None:
+                vectors = np.empty((len(distinct), embedded.shape[1]), np.float16)
+            vectors[rows] = embedded
+        assert vectors is not None
+        return vectors[[distinct[text] for text in texts]]
+
+
+def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Rows of similar length, longest first, as many as fit `batch_tokens` once padded."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+class _Worker:
+    def __init__(self, config: EmbedConfig, pairs: Artifact, draft: Draft) -> None:
+        self._pairs = pairs
+        self._draft = draft
+        self._teacher = Teacher(config)
+
+    def __call__(self, piece: Slice) -> Receipt:
+        table = self._pairs.read_slice(piece)
+        vectors = []
+        for side in ("query", "passage"):
+            matrix = self._teacher.encode(table[side].to_pylist(), side)
+            check_vectors(matrix, table["pair_id"], side)
+            vectors.append(matrix)
+        schema = embeddings_schema(vectors[0].shape[1])
+        columns = [*table.columns, *(fixed_size_list(matrix) for matrix in vectors)]
+        embedded = pa.Table.from_arrays(columns, schema=schema)
+        groups = (embedded.slice(first, _ROW_GROUP_ROWS) for first in range(0, embedded.num_rows, _ROW_GROUP_ROWS))
+        part = self._draft.write("embeddings", piece.id, schema, groups)
+        return Receipt([part], piece.num_rows, stats={"width": vectors[0].shape[1]})
+
+
+def check_vectors(matrix: np.ndarray, pair_ids: pa.ChunkedArray, side: str) -> None:
+    """Raise StrataError naming the first row whose vector is not finite or is zero."""
+    norms = np.linalg.norm(matrix.astype(np.float32), axis=1)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0.5)))
+    if len(bad):
+        raise StrataError(
+            f"pair {pair_ids[int(bad[0])].as_py()}: the teacher's {side} vector has norm {norms[bad[0]]}; look at "
+            f"this text and at the teacher's precision ({len(bad)} of {len(matrix)} rows of this block)"
+        )

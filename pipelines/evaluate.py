@@ -1,0 +1,177 @@
+"""evaluate: a model -> `scores`, on mteb tasks by name and on local retrieval tests, all through mteb."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.config import Config, runtime
+from clusterlib.tables import SCORES
+from pipelines.sources import RetrievalTest, RetrievalTestConfig, origin, read_test
+from train.launch import EXPORT
+from train.model import ModelRef
+
+METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": "MRR@10"}
+MEAN = "mean"  # the row of a score table that averages the tasks
+_MTEB_BASELINES = "mteb/"
+
+
+class EvaluateConfig(Config):
+    """What models are measured on, and what they are compared with."""
+
+    tests: list[RetrievalTestConfig] = Field([], description="local retrieval tests, kept out of training")
+    tasks: list[str] = Field([], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval")
+    references: dict[str, ModelRef] = Field(
+        {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
+    )
+
+    cpus_per_worker: float = runtime(1, gt=0)
+    gpus_per_worker: float = runtime(0, ge=0)
+
+
+def scores_spec(config: EvaluateConfig, folder: str, run: str, model: str | ModelRef) -> Spec:
+    """What a model's scores are made from.
+
+    Args:
+        model: fingerprint of a trained model, or where another one comes from.
+    """
+    settings = {
+        "run": run,
+        "tests": [test.content() for test in config.tests],
+        "tasks": config.tasks,
+        "model": {} if isinstance(model, str) else _content(model),
+    }
+    origins = {"tests": [origin(test, folder) for test in config.tests]}
+    return Spec("scores", 1, settings, {"model": model} if isinstance(model, str) else {}, origins)
+
+
+def _content(model: ModelRef) -> dict[str, Any]:
+    return {"name": model.name} if model.name.startswith(_MTEB_BASELINES) else model.content()
+
+
+def evaluate(
+    config: EvaluateConfig, folder: str, models: dict[str, Artifact | ModelRef], root: Root
+) -> dict[str, Artifact]:
+    """Score models side by side, each into a `scores` artifact with mteb's own JSON beside the table.
+
+    Args:
+        folder: where relative paths of tests start.
+        models: name of the run -> trained model, or reference.
+
+    Raises:
+        StrataError: a test or a model cannot be read.
+    """
+    made: dict[str, Artifact] = {}
+    pending: dict[str, ray.ObjectRef] = {}
+    tests = None
+    for run, model in models.items():
+        spec = scores_spec(config, folder, run, model.fingerprint if isinstance(model, Artifact) else model)
+        found = root.find(spec)
+        if found is not None:
+            made[run] = found
+            continue
+        if tests is None:
+            tests = ray.put([read_test(test, folder) for test in config.tests])
+        task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(_score)
+        pending[run] = task.remote(Draft(root, spec), run, model, tests, config.tasks)
+    for run, reference in pending.items():
+        made[run] = ray.get(reference)
+        print(f"evaluate: {run} done")
+    return {run: made[run] for run in models}
+
+
+def _score(
+    draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
+) -> Artifact:
+    """Evaluate one model; runs as a Ray task."""
+    import mteb
+
+    with tempfile.TemporaryDirectory() as scratch:
+        encoder = _load(model, Path(scratch))
+        wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
+        result = mteb.evaluate(
+            encoder, wanted, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 64}
+        )
+    rows, parts = [], []
+    step = int(model.stats["num_steps"]) if isinstance(model, Artifact) else 0
+    for task in result.task_results:
+        data = task.to_dict()
+        parts.append(
+            draft.write_bytes("mteb", f"mteb/{task.task_name}.json", json.dumps(data, indent=1, default=str).encode())
+        )
+        for split, subsets in data["scores"].items():
+            for metric in METRICS:
+                value = sum(subset[metric] for subset in subsets) / len(subsets)
+                rows.append((run, step, task.task_name, split, metric, value))
+    for metric in METRICS:
+        values = [row[-1] for row in rows if row[4] == metric]
+        rows.append((run, step, MEAN, "", metric, sum(values) / len(values)))
+    table = pa.Table.from_pylist([dict(zip(SCORES.names, row, strict=True)) for row in rows], schema=SCORES)
+    parts.append(draft.write("scores", "scores", SCORES, [table]))
+    return draft.publish([Receipt(parts, table.num_rows)])
+
+
+def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
+    """What mteb evaluates: a sentence-transformers model, or one of mteb's own baselines."""
+    if isinstance(model, ModelRef) and model.name.startswith(_MTEB_BASELINES):
+        import mteb
+
+        return mteb.get_model(model.name)
+    from sentence_transformers import SentenceTransformer
+
+    folder = model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder()
+    return SentenceTransformer(
+        str(folder), trust_remote_code=False, local_files_only=True, model_kwargs={"use_safetensors": True}
+    )
+
+
+def _local_task(test: RetrievalTest) -> Any:
+    """A test as an mteb retrieval task that needs no download."""
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    class LocalRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
+        metadata = TaskMetadata(
+            name=test.name,
+            description=f"{test.name}, a local retrieval test",
+            reference=None,
+            dataset={"path": "local", "revision": "1"},
+            type="Retrieval",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=[test.split],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation=None,
+        )
+
+        def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+            self.dataset = {
+                "default": {
+                    test.split: {
+                        "corpus": Dataset.from_dict({"id": list(test.corpus), "text": list(test.corpus.values())}),
+                        "queries": Dataset.from_dict({"id": list(test.queries), "text": list(test.queries.values())}),
+                        "relevant_docs": {query: dict(found) for query, found in test.judgements.items()},
+                        "top_ranked": None,
+                    }
+                }
+            }
+            self.data_loaded = True
+
+    return LocalRetrieval()

@@ -1,0 +1,284 @@
+"""report: everything a run made -> one self-contained HTML file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from clusterlib import kmeans
+from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.diagnostics import top_terms
+from clusterlib.plan import BatchingConfig
+from clusterlib.tree import Node
+from pipelines.cluster import of_source
+from pipelines.evaluate import MEAN, METRICS
+from pipelines.shard import leaf_centroids
+from train.data import shard_index
+
+REPORT = "report.html"
+_SAMPLE_ROWS = 2000  # rows of each source that terms and examples are taken from
+_NUM_TERMS = 8
+_NUM_EXAMPLES = 3
+_COLORS = ("#7a8794", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#30638e")
+
+
+def report_spec(name: str, inputs: Mapping[str, Mapping[str, str]]) -> Spec:
+    """What a report is made from: names of artifacts, of each arm by kind, and of scores by run under ""."""
+    flat = {
+        f"{kind}.{owner}" if owner else f"scores.{kind}": artifact.partition("/")[2]
+        for owner, artifacts in inputs.items()
+        for kind, artifact in artifacts.items()
+    }
+    return Spec("report", 1, {"name": name}, flat)
+
+
+def report(name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]], root: Root) -> Artifact:
+    """Write `report.html`.
+
+    Args:
+        config: the whole resolved recipe, to be shown.
+        inputs: see `report_spec`; all must be finished.
+    """
+    spec = report_spec(name, inputs)
+    made = root.find(spec)
+    if made is not None:
+        return made
+
+    def opened(artifact: str) -> Artifact:
+        return root.open(artifact, "run the recipe's earlier stages first")
+
+    arms = {arm: {kind: opened(found) for kind, found in kinds.items()} for arm, kinds in inputs.items() if arm}
+    scores = {run: opened(found) for run, found in inputs[""].items()}
+    tables = score_tables(scores, list(arms))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    first = next(iter(arms.values()))
+    html = environment.get_template("report.html.j2").render(
+        name=name,
+        description=config["description"],
+        verdict=verdict(tables[0], list(arms)),
+        tables=tables,
+        funnel=_funnel(first, arms),
+        rejects=first["pairs"].manifest["rejects"],
+        curves=_curves(arms),
+        clusters=_clusters(arms),
+        fits=first["centroids"].stats["fits"],
+        arms=_arm_rows(arms),
+        artifacts=_artifact_rows([*[artifact for kinds in arms.values() for artifact in kinds.values()], *scores.values()]),
+        versions=first["shards"].manifest["versions"],
+        commit=first["shards"].manifest["commit"],
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+    )
+    draft = Draft(root, spec)
+    return draft.publish([Receipt([draft.write_bytes("report", REPORT, html.encode())])])
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One metric: a row for each run, a column for each test and the mean.
+
+    Attributes:
+        differences: last arm minus first arm, by column; empty with fewer than two arms.
+    """
+
+    metric: str
+    columns: list[str]
+    rows: list[tuple[str, list[float]]]
+    differences: list[float]
+
+
+def score_tables(scores: Mapping[str, Artifact], arms: Sequence[str]) -> list[ScoreTable]:
+    """The score tables of all metrics, NDCG@10 first."""
+    records = [row for artifact in scores.values() for row in artifact.read().to_pylist()]
+    columns = list(dict.fromkeys(row["task"] for row in records if row["task"] != MEAN)) + [MEAN]
+    tables = []
+    for metric, title in METRICS.items():
+        value = {(row["run"], row["task"]): row["value"] for row in records if row["metric"] == metric}
+        rows = [(run, [value[run, column] for column in columns]) for run in scores]
+        by_run = dict(rows)
+        pairs = zip(by_run[arms[-1]], by_run[arms[0]], strict=True) if len(arms) > 1 else ()
+        tables.append(ScoreTable(title, columns, rows, [last - first for last, first in pairs]))
+    return tables
+
+
+def format_scores(table: ScoreTable, arms: Sequence[str]) -> str:
+    """A score table as text."""
+    rows = [(run, [f"{value:.4f}" for value in values]) for run, values in table.rows]
+    if table.differences:
+        rows.append((f"{arms[-1]} - {arms[0]}", [f"{value:+.4f}" for value in table.differences]))
+    width = max(len(run) for run, _ in [*rows, (table.metric, [])])
+    widths = [max(7, len(column)) for column in table.columns]
+    lines = [f"{table.metric:<{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(table.columns, widths, strict=True))]
+    for run, values in rows:
+        lines.append(f"{run:<{width}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def verdict(table: ScoreTable, arms: Sequence[str]) -> str:
+    """Which of the first and the last arm did better, in one sentence."""
+    if not table.differences:
+        return ""
+    first, last = arms[0], arms[-1]
+    difference = table.differences[-1]
+    wins = sum(value > 0 for value in table.differences[:-1])
+    of_tests = f"better on {wins} of {len(table.differences) - 1} tests; one seed, so small differences may be luck"
+    if difference > 0:
+        return f"{last} beats {first} by {difference:.4f} mean {table.metric} ({of_tests})."
+    return f"{last} does not beat {first} here: {difference:+.4f} mean {table.metric} ({of_tests})."
+
+
+def _funnel(first: Mapping[str, Artifact], arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, int, str]]:
+    """(step, rows, remark) from what was read to what an epoch visits."""
+    pairs = first["pairs"]
+    steps = [
+        ("read", pairs.manifest["num_rows_in"], ""),
+        ("usable pairs", pairs.num_rows, f"{sum(pairs.manifest['rejects'].values()):,} left out, by reason below"),
+        ("embedded", first["embeddings"].num_rows, ""),
+        ("in shards", first["shards"].num_rows, ""),
+    ]
+    for arm, kinds in arms.items():
+        fraction = kinds["model"].stats["coverage_fraction"]
+        rows = round(fraction * kinds["shards"].num_rows)
+        pure = kinds["model"].stats["pure_fraction"]
+        steps.append((f"an epoch of {arm}", rows, f"{fraction:.1%} covered, {pure:.0%} of batches hold one stratum"))
+    return steps
+
+
+def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
+    rows = []
+    for arm, kinds in arms.items():
+        stats, batching = kinds["model"].stats, kinds["model"].config["batching"]
+        pairs = stats["num_steps"] * batching["global_batch_size"]
+        rows.append(
+            {
+                "arm": arm,
+                **{name: batching[name] for name in ("strategy", "k", "leftover", "global_batch_size")},
+                "num_strata": stats["num_strata"],
+                "num_steps": stats["num_steps"],
+                "num_parameters": stats["num_parameters"],
+                "pairs_per_second": pairs / stats["train_seconds"],
+                "waiting_fraction": stats["data_seconds"] / stats["train_seconds"],
+                "model": kinds["model"].path,
+            }
+        )
+    return rows
+
+
+def _artifact_rows(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
+    unique = {artifact.name: artifact for artifact in artifacts}
+    return [
+        {
+            "name": name,
+            "num_rows": artifact.num_rows,
+            "num_bytes": sum(part["num_bytes"] for part in artifact.manifest["parts"]),
+            "created": artifact.manifest["created_utc"],
+        }
+        for name, artifact in unique.items()
+    ]
+
+
+def _curves(arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, str]]:
+    """(title, SVG) of what the steps recorded, one line for each arm, smoothed over 5% of the run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    steps = {arm: kinds["model"].read("steps") for arm, kinds in arms.items()}
+    drawn = []
+    for column, title in (
+        ("loss", "Loss"),
+        ("accuracy", "In-batch accuracy"),
+        ("hardness", "Hardness: similarity of the 10 nearest negatives"),
+        ("positive_similarity", "Similarity of positives"),
+    ):
+        with plt.rc_context({"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "strata"}):
+            figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
+            for (arm, table), color in zip(steps.items(), _cycle(len(steps)), strict=True):
+                values = table[column].to_numpy()
+                window = max(1, len(values) // 20)
+                smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+                axes.plot(table["step"].to_numpy(), values, color=color, alpha=0.18, linewidth=0.7)
+                axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=color, linewidth=1.8, label=arm)
+            axes.set_xlabel("step")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
+            axes.legend(frameon=False)
+            image = io.StringIO()
+            figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+            plt.close(figure)
+        drawn.append((title, image.getvalue()[image.getvalue().index("<svg") :]))
+    return drawn
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[place % len(_COLORS)] for place in range(count)]
+
+
+@dataclass(frozen=True)
+class ClusterRow:
+    """A cluster as the report shows it."""
+
+    number: int
+    num_rows: int
+    share_of_largest: float
+    terms: list[str]
+    examples: list[str]
+
+
+def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
+    """Clusters of every source at the k of the first arm that batches by cluster (else the first arm's)."""
+    by_cluster = [kinds for kinds in arms.values() if kinds["model"].config["batching"]["strategy"] == "cluster"]
+    kinds = (by_cluster or list(arms.values()))[0]
+    batching = BatchingConfig.model_validate({**kinds["model"].config["batching"], "strategy": "cluster"})
+    index = shard_index(kinds["shards"])
+    centroids = leaf_centroids(kinds["centroids"])
+    field = kinds["centroids"].config["field"]
+    sources = []
+    for source, tree in index.trees.items():
+        nodes = tree.cut(min(batching.k or tree.num_leaves, tree.num_leaves))
+        starts = index.leaf_starts[source]
+        sizes = [int(starts[node.first_leaf + node.num_leaves] - starts[node.first_leaf]) for node in nodes]
+        rows = _describe(kinds["embeddings"], source, field, nodes, sizes, centroids[source])
+        sources.append({"source": source, "num_rows": sum(sizes), "rows": rows})
+    return sources
+
+
+def _describe(
+    embeddings: Artifact,
+    source: str,
+    field: kmeans.ClusterField,
+    nodes: Sequence[Node],
+    sizes: Sequence[int],
+    centroids: np.ndarray,
+) -> list[ClusterRow]:
+    """Terms and examples of a source's clusters, from its first rows."""
+    tables: list[pa.Table] = []
+    for table in of_source(embeddings, source, ["query", "passage", *kmeans.columns(field)]):
+        tables.append(table)
+        if sum(table.num_rows for table in tables) >= _SAMPLE_ROWS:
+            break
+    table = pa.concat_tables(tables).slice(0, _SAMPLE_ROWS)
+    leaves, similarity = kmeans.assign(kmeans.field_vectors(table, field), centroids)
+    ends = np.cumsum([node.num_leaves for node in nodes])
+    clusters = np.searchsorted(ends, leaves, side="right")
+    queries = table["query"].to_pylist()
+    texts = [f"{query} {passage}" for query, passage in zip(queries, table["passage"].to_pylist(), strict=True)]
+    terms = top_terms(texts, clusters, len(nodes), _NUM_TERMS)
+    rows = []
+    for number, size in enumerate(sizes):
+        members = np.flatnonzero(clusters == number)
+        nearest = members[np.argsort(-similarity[members], kind="stable")]
+        examples = list(dict.fromkeys(queries[row] for row in nearest))[:_NUM_EXAMPLES]
+        rows.append(ClusterRow(number, size, size / max(sizes), terms[number], examples))
+    return rows
+

@@ -1,0 +1,223 @@
+"""run: the settings of a whole run, the chain of artifacts they stand for, and making what is missing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from clusterlib.artifact import Artifact, Root, Spec
+from clusterlib.config import Config, override, read_yaml, runtime, validate
+from clusterlib.errors import StrataError
+from clusterlib.plan import BatchingConfig
+from pipelines.cluster import ClusterConfig, centroids_spec, cluster
+from pipelines.embed import EmbedConfig, embed, embeddings_spec
+from pipelines.evaluate import EvaluateConfig, evaluate, scores_spec
+from pipelines.ingest import IngestConfig, ingest, pairs_spec
+from pipelines.report import report, report_spec
+from pipelines.shard import ShardConfig, shard, shards_spec
+from train.launch import model_spec, train
+from train.loop import TrainConfig
+from train.model import ModelRef
+from tune.search import Outcome, search
+from tune.space import TuneConfig, combinations
+from tune.trial import Trial
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+class RunConfig(Config):
+    """A recipe: every setting of a run."""
+
+    name: str = Field(..., pattern=r"^[\w.-]+$")
+    description: str = ""
+    data: str = runtime(".", description="folder or URI where relative paths of inputs and tests start")
+    ingest: IngestConfig
+    embed: EmbedConfig
+    cluster: ClusterConfig
+    shard: ShardConfig
+    batching: BatchingConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tune: TuneConfig = TuneConfig()
+    arms: dict[str, dict[str, Any]] = Field(
+        {}, description="runs to compare: name -> dotted settings that differ; artifacts they share are made once"
+    )
+
+    def arm_configs(self) -> dict[str, RunConfig]:
+        """The configuration of each arm; the recipe itself, under its own name, when it has none."""
+        if not self.arms:
+            return {self.name: self}
+        return {arm: self.with_overrides(changes, f"arms.{arm}") for arm, changes in self.arms.items()}
+
+    def with_overrides(self, overrides: dict[str, Any], origin: str) -> RunConfig:
+        return validate(RunConfig, override(self.model_dump(mode="json"), overrides), origin)
+
+
+def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
+    """A recipe by name or by path, with dotted overrides.
+
+    Raises:
+        StrataError: there is no such recipe, or a setting is wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in _RECIPES.glob("*.yaml")))
+        raise StrataError(f"{name}: no such recipe; name one of {known}, or the path of a .yaml file")
+    config = validate(RunConfig, override(read_yaml(path), overrides), str(path))
+    config.arm_configs()  # faults in an arm show now, not after hours
+    return config
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The specs of an arm's artifacts, each made from the ones before; nothing is read but file sizes."""
+
+    config: RunConfig
+
+    @functools.cached_property
+    def pairs(self) -> Spec:
+        return pairs_spec(self.config.ingest, self.config.evaluate.tests, self.config.data)
+
+    @functools.cached_property
+    def embeddings(self) -> Spec:
+        return embeddings_spec(self.config.embed, self.pairs.fingerprint)
+
+    @functools.cached_property
+    def centroids(self) -> Spec:
+        return centroids_spec(self.config.cluster, self.embeddings.fingerprint)
+
+    @functools.cached_property
+    def shards(self) -> Spec:
+        return shards_spec(self.config.shard, self.embeddings.fingerprint, self.centroids.fingerprint)
+
+    @functools.cached_property
+    def model(self) -> Spec:
+        return model_spec(self.config.train, self.config.batching, self.shards.fingerprint)
+
+    def specs(self) -> list[Spec]:
+        return [self.pairs, self.embeddings, self.centroids, self.shards, self.model]
+
+
+class Run:
+    """A recipe at work under a root; each method makes one artifact kind for all arms, or finds it made."""
+
+    def __init__(self, config: RunConfig, root: Root) -> None:
+        self.config = config
+        self.root = root
+        self.arms = {arm: Chain(arm_config) for arm, arm_config in config.arm_configs().items()}
+
+    def specs(self) -> list[tuple[str, Spec]]:
+        """(arm or reference, spec) of all that the run makes, each once, in order."""
+        found: dict[str, tuple[str, Spec]] = {}
+        for arm, chain in self.arms.items():
+            for spec in chain.specs():
+                found.setdefault(spec.name, (arm, spec))
+        scored = self._scores_specs()
+        for name, spec in scored.items():
+            found.setdefault(spec.name, (name, spec))
+        spec = report_spec(self.config.name, self._report_inputs({name: spec.name for name, spec in scored.items()}))
+        found[spec.name] = ("", spec)
+        return list(found.values())
+
+    def ingest(self) -> dict[str, Artifact]:
+        return {
+            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, chain.config.data, self.root)
+            for arm, chain in self.arms.items()
+        }
+
+    def embed(self) -> dict[str, Artifact]:
+        return {
+            arm: embed(chain.config.embed, self._open(chain.pairs, "ingest"), self.root)
+            for arm, chain in self.arms.items()
+        }
+
+    def cluster(self) -> dict[str, Artifact]:
+        return {
+            arm: cluster(chain.config.cluster, self._open(chain.embeddings, "embed"), self.root)
+            for arm, chain in self.arms.items()
+        }
+
+    def shard(self) -> dict[str, Artifact]:
+        return {
+            arm: shard(
+                chain.config.shard,
+                self._open(chain.embeddings, "embed"),
+                self._open(chain.centroids, "cluster"),
+                self.root,
+            )
+            for arm, chain in self.arms.items()
+        }
+
+    def train(self) -> dict[str, Artifact]:
+        return {
+            arm: train(
+                chain.config.train, chain.config.batching, self._open(chain.shards, "shard"), self.root, arm
+            )
+            for arm, chain in self.arms.items()
+        }
+
+    def evaluate(self) -> dict[str, Artifact]:
+        """Scores of every reference and arm."""
+        models: dict[str, Artifact | ModelRef] = dict(self.config.evaluate.references)
+        models |= {arm: self._open(chain.model, "train") for arm, chain in self.arms.items()}
+        return evaluate(self.config.evaluate, self.config.data, models, self.root)
+
+    def report(self) -> Artifact:
+        """One HTML file about all of the above."""
+        scores = {name: self._open(spec, "evaluate") for name, spec in self._scores_specs().items()}
+        return report(
+            self.config.name,
+            self.config.model_dump(mode="json"),
+            self._report_inputs({name: artifact.name for name, artifact in scores.items()}),
+            self.root,
+        )
+
+    def tune(self) -> list[Outcome]:
+        """Train and score every combination of `tune.space` on the shards that are there."""
+        overrides = combinations(self.config.tune.space)
+        configs = [self.config.with_overrides(changes, "tune.space") for changes in overrides]
+        score = functools.partial(_score, self.config.evaluate, self.config.data, self.config.tune.metric, self.root)
+        trials = [
+            Trial(
+                " ".join(f"{name}={value}" for name, value in changes.items()),
+                config.train,
+                config.batching,
+                self._open(Chain(config).shards, "shard"),
+                self.root,
+                score,
+            )
+            for changes, config in zip(overrides, configs, strict=True)
+        ]
+        spec = Spec("tune", 1, self.config.tune.content(), {"shards": next(iter(self.arms.values())).shards.fingerprint})
+        return search(
+            trials,
+            self.config.tune.metric,
+            self.config.tune.max_concurrent,
+            f"{self.root.path}/{spec.name}",
+            self.root.fs,
+        )
+
+    def _scores_specs(self) -> dict[str, Spec]:
+        models: dict[str, str | ModelRef] = dict(self.config.evaluate.references)
+        models |= {arm: chain.model.fingerprint for arm, chain in self.arms.items()}
+        return {
+            name: scores_spec(self.config.evaluate, self.config.data, name, model) for name, model in models.items()
+        }
+
+    def _report_inputs(self, scores: dict[str, str]) -> dict[str, dict[str, str]]:
+        """Names of the artifacts a report reads: of each arm by kind, and of all scores by run."""
+        inputs = {arm: {spec.kind: spec.name for spec in chain.specs()} for arm, chain in self.arms.items()}
+        return {**inputs, "": scores}
+
+    def _open(self, spec: Spec, stage: str) -> Artifact:
+        return self.root.open(spec.name, f"run `strata {stage}` with the same recipe and settings first")
+
+
+def _score(config: EvaluateConfig, folder: str, metric: str, root: Root, name: str, model: Artifact) -> float:
+    """A model's mean over the tests of one metric."""
+    scores = evaluate(config, folder, {name: model}, root)[name].read().to_pylist()
+    return next(float(row["value"]) for row in scores if row["task"] == "mean" and row["metric"] == metric)

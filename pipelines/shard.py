@@ -1,0 +1,128 @@
+"""shard: `embeddings` + `centroids` -> `shards`, rows grouped by cluster and tokenised, in one pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from clusterlib import kmeans, shards
+from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
+from clusterlib.config import Config, runtime
+from clusterlib.tables import INDEX, TREE, shards_schema, token_type
+from clusterlib.tables import vectors as to_matrix
+from pipelines.stage import Task, Workers, run_tasks
+from train.model import TokenizerRef
+
+
+class ShardConfig(Config):
+    """How texts become the student's tokens."""
+
+    tokenizer: TokenizerRef = Field(..., description="the student's")
+    query_prompt: str = Field("", description="put before each query, in training and in the exported model")
+    passage_prompt: str = Field("", description="put before each passage")
+    query_max_tokens: int = Field(..., ge=3, description="longer queries are cut")
+    passage_max_tokens: int = Field(..., ge=3, description="longer passages are cut")
+
+    block_rows: int = runtime(65_536, ge=1, description="rows a task sorts in memory and writes as one file")
+
+
+def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
+    """What the shards are made from; the last two are fingerprints."""
+    return Spec("shards", 1, config.content(), {"embeddings": embeddings, "centroids": centroids})
+
+
+def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: Root) -> Artifact:
+    """Assign every pair to its leaf, tokenise it, and write each block as one file sorted by leaf.
+
+    The artifact holds the table `shards`, and the tables `index` and `tree` that a plan is made from.
+
+    Raises:
+        StrataError: the tokenizer cannot be loaded.
+    """
+    spec = shards_spec(config, embeddings.fingerprint, centroids.fingerprint)
+    made = root.find(spec)
+    if made is not None:
+        return made
+    config.tokenizer.folder()
+    draft = Draft(root, spec)
+    tasks = [Task(piece.id, piece) for piece in embeddings.slices(config.block_rows)]
+    worker = functools.partial(_Worker, config, embeddings, centroids, draft)
+    receipts = run_tasks(draft, "shard", tasks, worker, Workers())
+    runs = [[shards.Run(*run) for run in receipt.stats["runs"]] for receipt in receipts]
+    extra = Receipt(
+        [
+            draft.write("index", "index", INDEX, [shards.index_table(runs)]),
+            draft.write("tree", "tree", TREE, [centroids.read(columns=TREE.names)]),
+        ]
+    )
+    truncated = {
+        side: sum(receipt.stats["num_truncated"][side] for receipt in receipts) for side in ("query", "passage")
+    }
+    stats = {"num_rows_by_source": embeddings.stats["num_rows_by_source"], "num_truncated": truncated}
+    return draft.publish([*receipts, extra], stats)
+
+
+class _Worker:
+    def __init__(self, config: ShardConfig, embeddings: Artifact, centroids: Artifact, draft: Draft) -> None:
+        self._config = config
+        self._embeddings = embeddings
+        self._draft = draft
+        self._field: kmeans.ClusterField = centroids.config["field"]
+        self._centroids = leaf_centroids(centroids)
+        self._tokenizer = config.tokenizer.load()
+        self._token = token_type(len(self._tokenizer))
+
+    def __call__(self, piece: Slice) -> Receipt:
+        columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *kmeans.columns(self._field)]
+        table = self._embeddings.read_slice(piece, columns)
+        config = self._config
+        query, cut_queries = self._tokenize(table["query"], config.query_prompt, config.query_max_tokens)
+        passage, cut_passages = self._tokenize(table["passage"], config.passage_prompt, config.passage_max_tokens)
+        leaf = pa.array(self._leaves(table))
+        ids = [table[name] for name in ("pair_id", "source")]
+        block = pa.Table.from_arrays(
+            [*ids, leaf, table["query_id"], table["passage_id"], query, passage], schema=shards_schema(self._token)
+        )
+        groups, runs = shards.group(block)
+        part = self._draft.write("shards", piece.id, block.schema, groups)
+        stats = {
+            "runs": [[run.source, run.leaf, run.row_group, run.first_row, run.num_rows] for run in runs],
+            "num_truncated": {"query": cut_queries, "passage": cut_passages},
+        }
+        return Receipt([part], piece.num_rows, stats=stats)
+
+    def _leaves(self, table: pa.Table) -> np.ndarray:
+        """The nearest leaf of each pair's own source, int32 [rows]."""
+        vectors = kmeans.field_vectors(table, self._field)
+        leaves = np.empty(table.num_rows, np.int32)
+        for source in pc.unique(table["source"]).to_pylist():
+            rows = pc.equal(table["source"], source).to_numpy()
+            leaves[rows] = kmeans.assign(vectors[rows], self._centroids[source])[0]
+        return leaves
+
+    def _tokenize(self, texts: pa.ChunkedArray, prompt: str, max_tokens: int) -> tuple[pa.Array, int]:
+        """Token ids with prompt and special tokens, and how many texts were cut to `max_tokens`."""
+        encoded: Any = self._tokenizer(
+            [prompt + text for text in texts.to_pylist()],
+            truncation=True,
+            max_length=max_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        cut = sum(bool(item.overflowing) for item in encoded.encodings)
+        return pa.array(encoded["input_ids"], pa.list_(self._token)), cut
+
+
+def leaf_centroids(centroids: Artifact) -> dict[str, np.ndarray]:
+    """source -> unit vectors of its leaves in leaf order, float32 [L, D]."""
+    table = centroids.read()
+    table = table.filter(pc.is_null(table["left"]))
+    return {
+        source: to_matrix(table.filter(pc.equal(table["source"], source))["centroid"])
+        for source in pc.unique(table["source"]).to_pylist()
+    }

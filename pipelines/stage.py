@@ -1,0 +1,171 @@
+"""What all stages share: a connection to Ray, and running a stage's tasks so that none is lost or done twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from clusterlib.artifact import Draft, Receipt
+from clusterlib.errors import StrataError
+
+_PACKAGES = ("clusterlib", "train", "tune", "pipelines")
+
+
+@contextmanager
+def ray_session(address: str | None, dashboard: bool = False) -> Iterator[None]:
+    """Connect to a Ray cluster, or start one on this machine and stop it at the end.
+
+    Args:
+        address: of a running Ray cluster; by default RAY_ADDRESS, else this machine.
+        dashboard: sweeps need it: without it a stopped trial keeps its placement group and the next one
+            hangs (seen with ray 2.60).
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Progress is ours to show, and Ray's warnings about its own internals are not for the user of a recipe.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if address is None:
+        # One logical CPU more than there are: coordinators take it, or actors that hold all others would
+        # leave none for the tasks they wait for, and the run would hang without a word.
+        num_cpus = (os.cpu_count() or 1) + 1
+        ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.ERROR)
+    else:
+        ray.init(address=address, logging_level=logging.ERROR, runtime_env=_code())
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _code() -> dict[str, Any]:
+    """The runtime environment that carries our packages to a Ray cluster; a submitted job has them already."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    root = Path(__file__).parents[1]
+    return {"py_modules": [str(root / package) for package in _PACKAGES]}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a stage's work; `id` is the same in every run, `work` is what its worker is given."""
+
+    id: str
+    work: Any
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes work on a stage, and what each takes.
+
+    Attributes:
+        max_workers: None for as many as the Ray cluster has room for.
+    """
+
+    max_workers: int | None = None
+    num_cpus: float = 1
+    num_gpus: float = 0
+
+
+def run_tasks(
+    draft: Draft, label: str, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]], workers: Workers
+) -> list[Receipt]:
+    """Run the tasks that have no receipt yet, on Ray Data actors, and return all receipts in task order.
+
+    Args:
+        worker: called once in every process; what it returns turns a task's work into parts and a receipt.
+
+    Raises:
+        StrataError: a task found bad input.
+    """
+    done = draft.receipts()
+    todo = [task for task in tasks if task.id not in done]
+    progress = Progress(label, len(todo), len(tasks) - len(todo))
+    if todo:
+        dataset = ray.data.from_items([{"task": index} for index in range(len(todo))], override_num_blocks=len(todo))
+        made = dataset.map_batches(
+            _Actor,
+            fn_constructor_args=(draft, todo, worker),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_pool_size(workers, len(todo))),
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus,
+        )
+        for row in made.iter_rows():
+            progress.advance(row["num_rows"])
+    progress.close()
+    receipts = [draft.receipt(task.id) for task in tasks]
+    missing = [task.id for task, receipt in zip(tasks, receipts, strict=True) if receipt is None]
+    if missing:
+        raise RuntimeError(f"{draft.path}: tasks ended without a receipt: {', '.join(missing)}")
+    return [receipt for receipt in receipts if receipt is not None]
+
+
+def _pool_size(workers: Workers, num_tasks: int) -> int:
+    room = ray.cluster_resources()
+    if workers.num_gpus and room.get("GPU", 0) < workers.num_gpus:
+        raise StrataError(f"a worker asks for {workers.num_gpus} GPU and the Ray cluster has {room.get('GPU', 0):g}")
+    fits = [(room.get("CPU", 1) - 1) / workers.num_cpus if workers.num_cpus else num_tasks]
+    if workers.num_gpus:
+        fits.append(room["GPU"] / workers.num_gpus)
+    return max(1, min(int(min(fits)), num_tasks, workers.max_workers or num_tasks))
+
+
+class _Actor:
+    """A process that does a stage's tasks one by one and signs for each."""
+
+    def __init__(self, draft: Draft, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]]) -> None:
+        self._draft = draft
+        self._tasks = tasks
+        self._work = worker()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        task = self._tasks[int(batch["task"][0])]
+        receipt = self._work(task.work)
+        self._draft.commit(task.id, receipt)
+        return {"num_rows": [receipt.num_rows_in]}
+
+
+class Progress:
+    """Tasks and rows done, rate and time left: one line rewritten on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, label: str, num_tasks: int, num_done_before: int) -> None:
+        self._label = label
+        self._num_tasks = num_tasks
+        self._num_done = 0
+        self._num_rows = 0
+        self._since = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        if num_done_before:
+            print(f"{label}: {num_done_before} tasks were done before, {num_tasks} to go", file=sys.stderr)
+
+    def advance(self, num_rows: int) -> None:
+        self._num_done += 1
+        self._num_rows += num_rows
+        now = time.monotonic()
+        if now - self._shown >= (0.2 if self._terminal else 10):
+            self._shown = now
+            self._show("\r" if self._terminal else "\n")
+
+    def close(self) -> None:
+        if self._num_done:
+            self._show("\n")
+
+    def _show(self, end: str) -> None:
+        seconds = time.monotonic() - self._since
+        left = seconds / self._num_done * (self._num_tasks - self._num_done)
+        text = (
+            f"{self._label}: {self._num_done}/{self._num_tasks} tasks, {self._num_rows:,} rows, "
+            f"{self._num_rows / seconds:,.0f} rows/s, " + (f"{left:.0f} s left" if left else f"{seconds:.0f} s")
+        )
+        print(f"{text:<78}" if self._terminal else text, end=end, file=sys.stderr, flush=True)

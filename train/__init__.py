@@ -1,0 +1,1 @@
+"""The learner: student, loss, gradient cache, step loop, and its launch on Ray Train."""

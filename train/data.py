@@ -1,0 +1,178 @@
+"""A rank's rows of each planned batch, read from a memory-mapped cache of the shards on its node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clusterlib.artifact import Artifact
+from clusterlib.shards import ShardIndex
+from clusterlib.tree import from_table
+
+_CACHED = ["query_id", "passage_id", "query_tokens", "passage_tokens"]
+_PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the passages of a rank's batch, in micro-batches of similar length.
+
+    Attributes:
+        micro_batches: (token ids int64 [m, T], attention mask int64 [m, T]) each.
+        places: int64 [b]; row i of the batch is row places[i] of the concatenated micro-batches.
+    """
+
+    micro_batches: list[tuple[Tensor, Tensor]]
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's b pairs of a global batch; ids are int64 [b]."""
+
+    query: Side
+    passage: Side
+    query_id: Tensor
+    passage_id: Tensor
+    num_tokens: int
+
+    def to(self, device: torch.device) -> RankBatch:
+        def move(side: Side) -> Side:
+            moved = [(ids.to(device), mask.to(device)) for ids, mask in side.micro_batches]
+            return Side(moved, side.places.to(device))
+
+        return RankBatch(
+            move(self.query),
+            move(self.passage),
+            self.query_id.to(device),
+            self.passage_id.to(device),
+            self.num_tokens,
+        )
+
+
+def shard_index(shards: Artifact) -> ShardIndex:
+    """The index and the trees of a `shards` artifact."""
+    return ShardIndex(shards.read("index"), from_table(shards.read("tree")))
+
+
+def cache_shards(shards: Artifact, cache_dir: Path) -> Path:
+    """Copy ids and tokens of all shards to Arrow IPC files on this node, once; later calls find them.
+
+    Call it from one process a node. The folder appears whole or not at all.
+    """
+    final = cache_dir.expanduser() / f"{shards.fingerprint}-{shards.manifest['digest']}"
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
+    try:
+        for number, part in enumerate(shards.parts()):
+            table = shards.open_parquet(part).read(columns=_CACHED).combine_chunks()
+            with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
+                writer.write_table(table)
+        os.replace(building, final)
+    except OSError:
+        if not final.is_dir():  # another process of this node may have been first
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+class _Ragged:
+    """A list<integer> column as flat values and offsets, both mapped from the file."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self.offsets = column.offsets.to_numpy()
+        self.values = column.values.to_numpy()
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the rows, one after the other, and the length of each."""
+        starts = self.offsets[rows].astype(np.int64)
+        lengths = self.offsets[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        return self.values[positions], lengths
+
+
+class TokenStore:
+    """Reads planned rows from the folder that `cache_shards` made."""
+
+    def __init__(self, folder: Path, index: ShardIndex, pad_token_id: int) -> None:
+        self._index = index
+        self._pad_token_id = pad_token_id
+        self._files: dict[int, dict[str, _Ragged | np.ndarray]] = {}
+        for path in sorted(folder.glob("*.arrow")):
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if reader.num_record_batches:
+                batch = reader.get_batch(0)
+                self._files[int(path.stem)] = {
+                    name: _Ragged(batch[name]) if name.endswith("tokens") else batch[name].to_numpy()
+                    for name in _CACHED
+                }
+
+    def read(self, rows: np.ndarray, rank: int, num_ranks: int, micro_batch_size: int) -> RankBatch:
+        """The share of a global batch that `rank` works on.
+
+        Args:
+            rows: int64 [B], numbers in leaf order; B is a multiple of `num_ranks`. Their order does not
+                matter to the loss, so ranks share them out in file order, which reads best.
+        """
+        files, file_rows = self._index.locate(rows)
+        order = np.lexsort((file_rows, files))
+        share = len(rows) // num_ranks
+        mine = order[rank * share : (rank + 1) * share]
+        files, file_rows = files[mine], file_rows[mine]
+        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), share]
+        pieces = [
+            (self._files[int(files[start])], file_rows[start:stop])
+            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        query, query_tokens = self._side(pieces, "query_tokens", micro_batch_size)
+        passage, passage_tokens = self._side(pieces, "passage_tokens", micro_batch_size)
+        return RankBatch(
+            query,
+            passage,
+            _ids([columns["query_id"][rows] for columns, rows in pieces]),
+            _ids([columns["passage_id"][rows] for columns, rows in pieces]),
+            query_tokens + passage_tokens,
+        )
+
+    def _side(
+        self, pieces: Sequence[tuple[dict[str, _Ragged | np.ndarray], np.ndarray]], name: str, size: int
+    ) -> tuple[Side, int]:
+        taken = []
+        for columns, rows in pieces:
+            column = columns[name]
+            assert isinstance(column, _Ragged)
+            taken.append(column.take(rows))
+        values = np.concatenate([values for values, _ in taken])
+        lengths = np.concatenate([lengths for _, lengths in taken])
+        starts = np.cumsum(lengths) - lengths
+        by_length = np.argsort(-lengths, kind="stable")
+        micro_batches = []
+        for first in range(0, len(lengths), size):
+            rows = by_length[first : first + size]
+            longest = -(-int(lengths[rows].max()) // _PAD_MULTIPLE) * _PAD_MULTIPLE
+            columns = np.arange(longest)
+            mask = columns < lengths[rows, None]
+            positions = np.where(mask, starts[rows, None] + columns, 0)
+            ids = np.where(mask, values[positions].astype(np.int64), self._pad_token_id)
+            micro_batches.append((torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))))
+        places = np.empty(len(lengths), np.int64)
+        places[by_length] = np.arange(len(lengths))
+        return Side(micro_batches, torch.from_numpy(places)), len(values)
+
+
+def _ids(pieces: Sequence[np.ndarray]) -> Tensor:
+    """uint64 ids as int64 of the same bits: they are only compared."""
+    return torch.from_numpy(np.concatenate(pieces).view(np.int64))

@@ -1,0 +1,204 @@
+"""Training on Ray Train: ranks, failures, checkpoints in storage, and the finished model's artifact."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import yaml
+
+from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
+from clusterlib.errors import StrataError
+from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.tables import STEPS
+from train import checkpoint
+from train.data import TokenStore, cache_shards, shard_index
+from train.engine import Engine
+from train.export import export
+from train.loop import Progress, TrainConfig, fit
+from train.model import TokenizerRef, build_student
+
+EXPORT = "export"  # folder of the sentence-transformers model inside the artifact
+_CHECKPOINTS = "checkpoints"
+_LOG_SECONDS = 10
+
+
+def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str) -> Spec:
+    """What a trained model is made from; `shards` is a fingerprint."""
+    return Spec("model", 1, {"train": config.content(), "batching": batching.content()}, {"shards": shards})
+
+
+def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root: Root, name: str) -> Artifact:
+    """Train a student on the shards' planned batches, continuing a run that was cut short.
+
+    Args:
+        name: what progress lines call the run.
+
+    Returns:
+        The `model` artifact: `export/`, a sentence-transformers folder, and the table `steps`.
+
+    Raises:
+        StrataError: the settings do not fit the shards or each other.
+    """
+    spec = model_spec(config, batching, shards.fingerprint)
+    made = root.find(spec)
+    if made is not None:
+        return made
+    plan = Plan(shard_index(shards), batching)
+    if batching.global_batch_size % config.num_workers:
+        raise StrataError(
+            f"batching.global_batch_size={batching.global_batch_size} does not divide by "
+            f"train.num_workers={config.num_workers}; every rank takes an equal share"
+        )
+    draft = Draft(root, spec)
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(),
+            "batching": batching.model_dump(),
+            "shards": shards,
+            "draft": draft,
+            "name": f"{name}: {plan.num_batches} batches an epoch from {len(plan.strata)} strata",
+        },
+        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+        run_config=ray.train.RunConfig(
+            # The same name and path make Ray Train go on from the latest checkpoint it finds there.
+            name=_CHECKPOINTS,
+            storage_path=draft.path,
+            storage_filesystem=root.fs,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    trainer.fit()
+    receipt = draft.receipt(EXPORT)
+    if receipt is None:
+        raise RuntimeError(f"{draft.path}: training ended without an exported model")
+    return draft.publish([receipt], receipt.stats)
+
+
+def _worker(settings: Mapping[str, Any]) -> None:
+    """What each rank runs."""
+    config = TrainConfig.model_validate(settings["config"])
+    batching = BatchingConfig.model_validate(settings["batching"])
+    shards, draft = settings["shards"], settings["draft"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    device = ray.train.torch.get_device()
+
+    cache_dir = Path(config.cache_dir)
+    if context.get_local_rank() == 0:
+        cache_shards(shards, cache_dir)
+    ray.train.collective.barrier()
+    tokenizer = TokenizerRef.model_validate(shards.config["tokenizer"]).load()
+    index = shard_index(shards)
+    plan = Plan(index, batching)
+    store = TokenStore(cache_shards(shards, cache_dir), index, tokenizer.pad_token_id)
+    engine = Engine(
+        build_student(config.student, tokenizer, config.seed).to(device),
+        config.optimizer,
+        config.num_steps(plan),
+        config.precision,
+        config.zero_stage,
+        batching.global_batch_size // config.num_workers,
+    )
+    latest = ray.train.get_checkpoint()
+    progress = Progress()
+    if latest is not None:
+        with latest.as_directory() as folder:
+            progress = checkpoint.load(Path(folder), engine, config)
+    log = _Log(settings["name"], config.num_steps(plan), batching.global_batch_size, progress, rank)
+
+    def on_checkpoint(progress: Progress) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder), engine, progress, config, rank)
+            ray.train.report(
+                {"step": progress.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{progress.step:09d}",
+            )
+
+    fit(engine, plan, store, config, progress, log.on_step, on_checkpoint)
+    if rank == 0:
+        _finish(draft, shards, engine, tokenizer, plan, progress)
+
+
+def _finish(
+    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
+) -> None:
+    """Write the exported model and the records of all steps, then the receipt that says so."""
+    tokens = shards.config
+    prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
+    max_tokens = max(tokens["query_max_tokens"], tokens["passage_max_tokens"])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / EXPORT
+        export(engine.model, tokenizer, folder, prompts, max_tokens, _card(draft, shards, plan))
+        parts: list[Part] = draft.write_folder(EXPORT, folder)
+    parts.append(
+        draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)])
+    )
+    stats = {
+        "num_steps": progress.step,
+        "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),
+        "num_strata": len(plan.strata),
+        "batches_per_epoch": plan.num_batches,
+        "coverage_fraction": plan.num_planned_rows / plan.num_rows,
+        "pure_fraction": plan.num_pure_batches / plan.num_batches,
+        "train_seconds": sum(record["step_seconds"] for record in progress.records),
+        "data_seconds": sum(record["data_seconds"] for record in progress.records),
+    }
+    draft.commit(EXPORT, Receipt(parts, stats=stats))
+
+
+def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
+    """The exported model's README.md."""
+    front = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "strata"],
+    }
+    recipe = yaml.safe_dump(dict(draft.spec.config), sort_keys=False)
+    return (
+        f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
+        f"Trained by Strata on {plan.num_rows} pairs of {', '.join(shards.stats['num_rows_by_source'])} "
+        f"({shards.name}), with in-batch negatives chosen by the strategy `{plan.config.strategy}` "
+        f"(arXiv 2407.18887).\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f'model = SentenceTransformer("path/to/this/folder")\n'
+        f"similarity = model.similarity(model.encode_query([query]), model.encode_document(passages))\n```\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n"
+    )
+
+
+class _Log:
+    """A progress line on rank 0 every few seconds."""
+
+    def __init__(self, name: str, num_steps: int, batch_size: int, progress: Progress, rank: int) -> None:
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        self._loud = rank == 0
+        self._since = time.monotonic()
+        self._first = progress.step
+        self._next = self._since
+        if self._loud:
+            resumed = f", continued at step {progress.step}" if progress.step else ""
+            print(f"train {name}, {num_steps} steps of {batch_size} pairs{resumed}", flush=True)
+
+    def on_step(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if not self._loud or (now < self._next and progress.step < self._num_steps):
+            return
+        self._next = now + _LOG_SECONDS
+        last = progress.records[-1]
+        rate = (progress.step - self._first) / (now - self._since)
+        left = (self._num_steps - progress.step) / rate
+        print(
+            f"train step {progress.step}/{self._num_steps} loss {last['loss']:.3f} accuracy {last['accuracy']:.3f} "
+            f"hardness {last['hardness']:.3f} {rate * self._batch_size:.0f} pairs/s {left:.0f} s left",
+            flush=True,
+        )

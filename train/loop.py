@@ -1,0 +1,108 @@
+"""The step loop: plan, read, encode, contrast, update, record. It runs with or without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+
+from clusterlib.config import Config, runtime
+from clusterlib.plan import Plan
+from train.data import TokenStore
+from train.engine import Engine, OptimizerConfig
+from train.gradcache import accumulate_gradient
+from train.loss import MEASURES, LossConfig
+from train.model import StudentConfig
+
+
+class TrainConfig(Config):
+    """The student, what it learns by and for how long, and where it trains."""
+
+    student: StudentConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the planned batches")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations in the encoder")
+    seed: int = Field(0, ge=0, description="of initial weights and dropout; batching.seed is the plan's")
+
+    num_workers: int = runtime(1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs")
+    use_gpu: bool = runtime(False, description="ranks need a GPU each; NCCL instead of gloo")
+    zero_stage: Literal[0, 1, 2] = runtime(0, description="ZeRO stage (arXiv 1910.02054)")
+    micro_batch_size: int = runtime(64, ge=1, description="rows a rank encodes at once; bounds memory")
+    checkpoint_every_steps: int = runtime(500, ge=1)
+    max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")
+    cache_dir: str = runtime("~/.cache/strata/tokens", description="folder for tokens on each node's own disk")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set exactly one of steps and epochs")
+        return self
+
+    def num_steps(self, plan: Plan) -> int:
+        return self.steps or max(1, round((self.epochs or 0) * plan.num_batches))
+
+
+@dataclass
+class Progress:
+    """How far a run is: one record of schema STEPS for each finished step."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return len(self.records)
+
+
+def fit(
+    engine: Engine,
+    plan: Plan,
+    store: TokenStore,
+    config: TrainConfig,
+    progress: Progress,
+    on_step: Callable[[Progress], None],
+    on_checkpoint: Callable[[Progress], None],
+) -> None:
+    """Train from `progress` to the last step; every rank calls it.
+
+    Args:
+        on_step: called on every rank after each step.
+        on_checkpoint: called on every rank when a checkpoint is due, and after the last step.
+    """
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    num_steps = config.num_steps(plan)
+    for step in range(progress.step, num_steps):
+        started = time.perf_counter()
+        planned = plan.step(step)
+        batch = store.read(planned.rows, rank, num_ranks, config.micro_batch_size).to(engine.device)
+        read = time.perf_counter()
+
+        # Dropout depends on the step alone, so a resumed run needs no generator state.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
+        measures = accumulate_gradient(engine, batch, config.loss.temperature)
+        gradient_norm, learning_rate = engine.step()
+
+        progress.records.append(
+            {
+                "step": step,
+                "epoch": step // plan.num_batches,
+                "stratum": planned.label,
+                **dict(zip(MEASURES, measures.tolist(), strict=True)),
+                "learning_rate": learning_rate,
+                "gradient_norm": gradient_norm,
+                "num_tokens": batch.num_tokens * num_ranks,
+                "step_seconds": time.perf_counter() - started,
+                "data_seconds": read - started,
+            }
+        )
+        on_step(progress)
+        if progress.step % config.checkpoint_every_steps == 0 and progress.step < num_steps:
+            on_checkpoint(progress)
+    on_checkpoint(progress)

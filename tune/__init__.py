@@ -1,0 +1,1 @@
+"""Sweeps: a space of settings, trials that are whole configs, and their search on Ray Tune."""

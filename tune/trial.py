@@ -1,0 +1,33 @@
+"""A trial: train the student of one whole configuration and measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from clusterlib.artifact import Artifact, Root
+from clusterlib.plan import BatchingConfig
+from train.launch import train
+from train.loop import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of the space, with all it needs; it travels to the trial's process.
+
+    Attributes:
+        name: its overrides, for people.
+        score: the metric's value of a trained model.
+    """
+
+    name: str
+    train: TrainConfig
+    batching: BatchingConfig
+    shards: Artifact
+    root: Root
+    score: Callable[[str, Artifact], float]
+
+    def run(self) -> float:
+        """Train, or find the model already trained with these settings, and score it."""
+        model = train(self.train, self.batching, self.shards, self.root, self.name)
+        return self.score(self.name, model)
