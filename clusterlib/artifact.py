@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from clusterlib.config import fingerprint
+from clusterlib.config import dump, fingerprint
 from clusterlib.errors import StrataError
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,8 @@ class Spec:
     Attributes:
         kind: name of the table (or other product) it holds.
         version: raised whenever the code makes something else from the same settings.
-        config: the settings that change the content, as plain data.
+        config: settings by name, plain data or models. The fingerprint covers `Config.content` of these; the
+            manifest shows them whole.
         inputs: kind -> fingerprint of the artifacts it reads.
         origin: what identifies data from outside the root (file names, sizes, times, versions).
     """
@@ -53,7 +54,7 @@ class Spec:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(asdict(self))
+        return fingerprint({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @property
     def name(self) -> str:
@@ -388,7 +389,7 @@ class Draft:
             "kind": self.spec.kind,
             "fingerprint": self.spec.fingerprint,
             "schema_version": self.spec.version,
-            "config": dict(self.spec.config),
+            "config": dump(self.spec.config),
             "inputs": dict(self.spec.inputs),
             "origin": dict(self.spec.origin),
             "num_rows_in": num_rows_in,

@@ -64,6 +64,17 @@ def plain(value: Any) -> Any:
     raise TypeError(f"no stable serialisation for {value!r} of type {type(value).__name__}")
 
 
+def dump(value: Any) -> Any:
+    """`value` as JSON-ready data, every setting of every model included."""
+    if isinstance(value, Config):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [dump(item) for item in value]
+    return value
+
+
 def fingerprint(value: Any) -> str:
     """16 hex digits of the SHA-256 of `value`'s canonical JSON.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from clusterlib.errors import StrataError
 
@@ -14,33 +15,59 @@ if TYPE_CHECKING:
     from pipelines.run import Run, RunConfig
 
 STAGES = {
-    "ingest": "read source files into pairs",
-    "embed": "embed the pairs with the teacher",
-    "cluster": "fit k-means of every source",
-    "shard": "group rows by cluster and tokenise them",
-    "train": "train the student of every arm",
-    "evaluate": "score students and references",
-    "report": "write the HTML report",
+    "ingest": "Read source files into pairs.",
+    "embed": "Embed the pairs with the teacher.",
+    "cluster": "Fit k-means of every source.",
+    "shard": "Group rows by cluster and tokenise them.",
+    "train": "Train the student of every arm.",
+    "evaluate": "Score students and references.",
+    "report": "Write the HTML report.",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, or 1 after an error message."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except StrataError as error:
-        return _fail(str(error))
-    except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised; find our own message in it
-        found = _strata_error(error)
-        if found is None:
+class _Command(click.Command):
+    """A command that ends in one clear message and status 1 when the user's input is at fault."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        return _fail(str(found))
+        except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised; find our own message in it
+            found = _strata_error(error)
+            if found is None:
+                raise
+            click.echo(f"strata: {found}", err=True)
+            ctx.exit(1)
 
 
-def _fail(message: str) -> int:
-    print(f"strata: {message}", file=sys.stderr)
-    return 1
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="strata", prog_name="strata")
+def main() -> None:
+    """Cluster-stratified contrastive pretraining of text embeddings, on Ray."""
+
+
+_root = click.option(
+    "--root", default="runs", show_default=True, help="Folder or URI for artifacts."
+)
+
+
+def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], click.Command]:
+    """A command that takes a recipe, dotted overrides and the common options."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        for decorator in (
+            click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run."),
+            click.option("--address", help="Of a running Ray cluster; by default RAY_ADDRESS, else this machine."),
+            _root,
+            click.argument("overrides", nargs=-1, metavar="[SETTING=VALUE]..."),
+            click.argument("recipe"),
+        ):
+            function = decorator(function)
+        text_of_all = f"{text}\n\nRECIPE is the name of a packaged recipe or the path of a .yaml file."
+        return main.command(name, cls=_Command, help=text_of_all, short_help=text)(function)
+
+    return decorate
 
 
 def _strata_error(error: BaseException) -> StrataError | None:
@@ -56,51 +83,18 @@ def _strata_error(error: BaseException) -> StrataError | None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="strata",
-        description="Cluster-stratified contrastive pretraining of text embeddings, on Ray.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    recipe = argparse.ArgumentParser(add_help=False)
-    recipe.add_argument("recipe", help="name of a packaged recipe, or path of a .yaml file")
-    recipe.add_argument("overrides", nargs="*", help="settings to change, such as train.steps=100")
-    recipe.add_argument("--root", default="runs", help="folder or URI for artifacts (default: %(default)s)")
-    recipe.add_argument("--address", help="of a running Ray cluster; by default RAY_ADDRESS, else this machine")
-    recipe.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run")
-
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[recipe], help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    add("run", _stages, "run all stages of a recipe, skipping what is done")
-    for stage, text in STAGES.items():
-        add(stage, _stages, text)
-    add("tune", _tune, "train and score every combination of tune.space on finished shards")
-    submit = add("submit", _submit, "run a recipe as a job on a Ray cluster; --address is its dashboard's URL")
-    submit.add_argument("--job-command", default="run", choices=["run", *STAGES, "tune"], help="(default: %(default)s)")
-    inspect = commands.add_parser("inspect", help="show an artifact, or list all", description="Show an artifact.")
-    inspect.add_argument("artifact", nargs="?", help="KIND or KIND/FINGERPRINT; by default all are listed")
-    inspect.add_argument("--root", default="runs", help="folder or URI of the artifacts (default: %(default)s)")
-    inspect.add_argument("--verify", action="store_true", help="read every part and check its digest")
-    inspect.set_defaults(run=_inspect)
-    return parser
-
-
-def _load(arguments: argparse.Namespace) -> RunConfig:
+def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
     _quiet()
     from clusterlib.config import parse_overrides
     from pipelines.run import load_recipe
 
-    return load_recipe(arguments.recipe, parse_overrides(arguments.overrides))
+    return load_recipe(recipe, parse_overrides(overrides))
 
 
 def _quiet() -> None:
     """Settings that libraries read when they are imported, here and in the processes Ray starts."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -110,98 +104,127 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def _stages(arguments: argparse.Namespace) -> int:
-    """Run one stage, or all."""
-    run = _run(arguments)
-    if arguments.dry_run:
-        return _dry_run(run)
+def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> Run | None:
+    """The run to do, its root writable; None when it was only to be shown."""
+    config = _load(recipe, overrides)
+    from clusterlib.artifact import Root
+    from pipelines.run import Run
+
+    run = Run(config, Root(root))
+    if dry_run:
+        _dry_run(run)
+        return None
+    run.root.check_writable()
+    return run
+
+
+def _do(
+    stages: list[str], recipe: str, overrides: tuple[str, ...], root: str, address: str | None, dry_run: bool
+) -> None:
+    run = _open(recipe, overrides, root, dry_run)
+    if run is None:
+        return
     from pipelines.stage import ray_session
 
-    stages = list(STAGES) if arguments.command == "run" else [arguments.command]
-    run.root.check_writable()
-    with ray_session(arguments.address):
+    with ray_session(address):
         for stage in stages:
             made = getattr(run, stage)()
-            for artifact in {item.name: item for item in (made.values() if isinstance(made, dict) else [made])}.values():
-                print(f"{stage}: {artifact.path}")
+            found = {item.name: item for item in (made.values() if isinstance(made, dict) else [made])}
+            for artifact in found.values():
+                click.echo(f"{stage}: {artifact.path}")
     if "report" in stages:
         _show_scores(run)
-    return 0
+
+
+@_recipe_command("run", "Run all stages of a recipe, skipping what is done.")
+def _run_all(**arguments: Any) -> None:
+    _do(list(STAGES), **arguments)
+
+
+def _add_stage(stage: str, text: str) -> None:
+    @_recipe_command(stage, text)
+    def _run_stage(**arguments: Any) -> None:
+        _do([stage], **arguments)
+
+
+for _stage, _text in STAGES.items():
+    _add_stage(_stage, _text)
+
+
+@_recipe_command("tune", "Train and score every combination of tune.space, on finished shards.")
+def _tune(recipe: str, overrides: tuple[str, ...], root: str, address: str | None, dry_run: bool) -> None:
+    run = _open(recipe, overrides, root, dry_run)
+    if run is None:
+        return
+    from pipelines.stage import ray_session
+
+    with ray_session(address):
+        outcomes = run.tune()
+    click.echo(f"\n{run.config.tune.metric:>12}  {'seconds':>8}  trial")
+    for outcome in outcomes:
+        value = "failed" if outcome.value is None else f"{outcome.value:.4f}"
+        click.echo(f"{value:>12}  {outcome.seconds:>8.0f}  {outcome.name}  {outcome.error or ''}".rstrip())
+    if any(outcome.error for outcome in outcomes):
+        raise StrataError("some trials failed")
+
+
+@main.command("submit", cls=_Command)
+@click.argument("command", type=click.Choice(["run", *STAGES, "tune"]))
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[SETTING=VALUE]...")
+@click.option("--address", default="http://127.0.0.1:8265", show_default=True, help="URL of the cluster's dashboard.")
+@click.option("--root", required=True, help="Folder or URI for artifacts that every node reaches.")
+def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str, root: str) -> None:
+    """Run COMMAND on RECIPE as a job on a Ray cluster; follow its log and return its exit status."""
+    config = _load(recipe, overrides)
+    from pipelines.submit import submit
+
+    sys.exit(submit(config, command, root, address))
+
+
+@main.command("inspect", cls=_Command)
+@click.argument("artifact", required=False)
+@_root
+@click.option("--verify", is_flag=True, help="Read every part and check its digest.")
+def _inspect(artifact: str | None, root: str, verify: bool) -> None:
+    """Show an ARTIFACT, named KIND or KIND/FINGERPRINT; list all without one."""
+    from clusterlib.artifact import Root
+    from pipelines.inspect import describe, listing
+
+    opened = Root(root)
+    artifacts = opened.artifacts()
+    if artifact is None:
+        click.echo(listing(artifacts))
+        return
+    found = [item for item in artifacts if artifact in (item.kind, item.name)]
+    if not found:
+        known = ", ".join(item.name for item in artifacts) or "none"
+        raise StrataError(f"{artifact}: no finished artifact of that name under {opened.path}; there are: {known}")
+    for item in found:
+        if verify:
+            item.verify()
+        click.echo(describe(item))
 
 
 def _show_scores(run: Run) -> None:
     from pipelines.report import REPORT, format_scores, score_tables, verdict
 
-    scores = run.evaluate_finished()
+    scores = run.scores()
     tables = score_tables(scores, list(run.arms))
     for table in tables:
-        print("\n" + format_scores(table, list(run.arms)))
-    print(f"\n{verdict(tables[0], list(run.arms))}".rstrip())
-    print(f"report: {run.report().path}/{REPORT}")
+        click.echo("\n" + format_scores(table, list(run.arms)))
+    click.echo(f"\n{verdict(tables[0], list(run.arms))}".rstrip())
+    click.echo(f"report: {run.report().path}/{REPORT}")
 
 
-def _run(arguments: argparse.Namespace) -> Run:
-    config = _load(arguments)
-    from clusterlib.artifact import Root
-    from pipelines.run import Run
-
-    return Run(config, Root(arguments.root))
-
-
-def _dry_run(run: Run) -> int:
+def _dry_run(run: Run) -> None:
     import yaml
 
-    print(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    click.echo(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for owner, spec in run.specs():
         state = "done" if run.root.find(spec) else "to make"
-        print(f"{state:<8} {spec.name:<32} {owner}")
-    return 0
-
-
-def _tune(arguments: argparse.Namespace) -> int:
-    run = _run(arguments)
-    if arguments.dry_run:
-        return _dry_run(run)
-    from pipelines.stage import ray_session
-
-    run.root.check_writable()
-    with ray_session(arguments.address, dashboard=True):
-        outcomes = run.tune()
-    metric = run.config.tune.metric
-    print(f"\n{metric:>12}  {'seconds':>8}  trial")
-    for outcome in outcomes:
-        value = "failed" if outcome.value is None else f"{outcome.value:.4f}"
-        print(f"{value:>12}  {outcome.seconds:>8.0f}  {outcome.name}{'  ' + outcome.error if outcome.error else ''}")
-    return 1 if any(outcome.error for outcome in outcomes) else 0
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    config = _load(arguments)
-    from pipelines.submit import submit
-
-    return submit(config, arguments.job_command, arguments.root, arguments.address or "http://127.0.0.1:8265")
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from clusterlib.artifact import Root
-    from pipelines.inspect import describe, listing
-
-    root = Root(arguments.root)
-    artifacts = root.artifacts()
-    wanted = arguments.artifact
-    if wanted is None:
-        print(listing(artifacts))
-        return 0
-    found = [artifact for artifact in artifacts if wanted in (artifact.kind, artifact.name)]
-    if not found:
-        known = ", ".join(artifact.name for artifact in artifacts) or "none"
-        raise StrataError(f"{wanted}: no finished artifact of that name under {root.path}; there are: {known}")
-    for artifact in found:
-        if arguments.verify:
-            artifact.verify()
-        print(describe(artifact))
-    return 0
+        click.echo(f"{state:<8} {spec.name:<32} {owner}".rstrip())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

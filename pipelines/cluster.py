@@ -43,7 +43,7 @@ class ClusterConfig(Config):
 
 def centroids_spec(config: ClusterConfig, embeddings: str) -> Spec:
     """What the centroids are made from; `embeddings` is a fingerprint."""
-    return Spec("centroids", 1, config.content(), {"embeddings": embeddings})
+    return Spec("centroids", 1, {"cluster": config}, {"embeddings": embeddings})
 
 
 def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact:

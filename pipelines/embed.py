@@ -38,7 +38,7 @@ class EmbedConfig(Config):
 
 def embeddings_spec(config: EmbedConfig, pairs: str) -> Spec:
     """What the embeddings are made from; `pairs` is a fingerprint."""
-    return Spec("embeddings", 1, config.content(), {"pairs": pairs})
+    return Spec("embeddings", 1, {"embed": config}, {"pairs": pairs})
 
 
 def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:

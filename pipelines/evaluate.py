@@ -21,7 +21,6 @@ from train.model import ModelRef
 
 METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": "MRR@10"}
 MEAN = "mean"  # the row of a score table that averages the tasks
-_MTEB_BASELINES = "mteb/"
 
 
 class EvaluateConfig(Config):
@@ -45,16 +44,17 @@ def scores_spec(config: EvaluateConfig, folder: str, run: str, model: str | Mode
     """
     settings = {
         "run": run,
-        "tests": [test.content() for test in config.tests],
+        "tests": config.tests,
         "tasks": config.tasks,
-        "model": {} if isinstance(model, str) else _content(model),
+        # mteb's own baselines have no folder to take a digest of; their name says all.
+        "model": model.name if isinstance(model, ModelRef) and _is_baseline(model) else model,
     }
     origins = {"tests": [origin(test, folder) for test in config.tests]}
     return Spec("scores", 1, settings, {"model": model} if isinstance(model, str) else {}, origins)
 
 
-def _content(model: ModelRef) -> dict[str, Any]:
-    return {"name": model.name} if model.name.startswith(_MTEB_BASELINES) else model.content()
+def _is_baseline(model: ModelRef) -> bool:
+    return model.name.startswith("mteb/")
 
 
 def evaluate(
@@ -121,7 +121,7 @@ def _score(
 
 def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
     """What mteb evaluates: a sentence-transformers model, or one of mteb's own baselines."""
-    if isinstance(model, ModelRef) and model.name.startswith(_MTEB_BASELINES):
+    if isinstance(model, ModelRef) and _is_baseline(model):
         import mteb
 
         return mteb.get_model(model.name)

@@ -43,7 +43,7 @@ def pairs_spec(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folde
     return Spec(
         "pairs",
         1,
-        {"ingest": config.content(), "held_out": [test.content() for test in tests]},
+        {"ingest": config, "held_out": list(tests)},
         origin={
             "inputs": [origin(source, folder) for source in config.inputs],
             "held_out": [origin(test, folder) for test in tests],

@@ -242,7 +242,7 @@ def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
     batching = BatchingConfig.model_validate({**kinds["model"].config["batching"], "strategy": "cluster"})
     index = shard_index(kinds["shards"])
     centroids = leaf_centroids(kinds["centroids"])
-    field = kinds["centroids"].config["field"]
+    field = kinds["centroids"].config["cluster"]["field"]
     sources = []
     for source, tree in index.trees.items():
         nodes = tree.cut(min(batching.k or tree.num_leaves, tree.num_leaves))

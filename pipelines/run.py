@@ -15,7 +15,7 @@ from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
-from pipelines.evaluate import EvaluateConfig, evaluate, scores_spec
+from pipelines.evaluate import MEAN, EvaluateConfig, evaluate, scores_spec
 from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
@@ -166,9 +166,13 @@ class Run:
         models |= {arm: self._open(chain.model, "train") for arm, chain in self.arms.items()}
         return evaluate(self.config.evaluate, self.config.data, models, self.root)
 
+    def scores(self) -> dict[str, Artifact]:
+        """The finished scores of every reference and arm."""
+        return {name: self._open(spec, "evaluate") for name, spec in self._scores_specs().items()}
+
     def report(self) -> Artifact:
         """One HTML file about all of the above."""
-        scores = {name: self._open(spec, "evaluate") for name, spec in self._scores_specs().items()}
+        scores = self.scores()
         return report(
             self.config.name,
             self.config.model_dump(mode="json"),
@@ -192,7 +196,7 @@ class Run:
             )
             for changes, config in zip(overrides, configs, strict=True)
         ]
-        spec = Spec("tune", 1, self.config.tune.content(), {"shards": next(iter(self.arms.values())).shards.fingerprint})
+        spec = Spec("tune", 1, {"tune": self.config.tune}, {"shards": next(iter(self.arms.values())).shards.fingerprint})
         return search(
             trials,
             self.config.tune.metric,
@@ -220,4 +224,4 @@ class Run:
 def _score(config: EvaluateConfig, folder: str, metric: str, root: Root, name: str, model: Artifact) -> float:
     """A model's mean over the tests of one metric."""
     scores = evaluate(config, folder, {name: model}, root)[name].read().to_pylist()
-    return next(float(row["value"]) for row in scores if row["task"] == "mean" and row["metric"] == metric)
+    return next(float(row["value"]) for row in scores if row["task"] == MEAN and row["metric"] == metric)

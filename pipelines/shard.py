@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from clusterlib.config import Config, runtime
 from clusterlib.tables import INDEX, TREE, shards_schema, token_type
 from clusterlib.tables import vectors as to_matrix
 from pipelines.stage import Task, Workers, run_tasks
+from train.data import TOKENIZER
 from train.model import TokenizerRef
 
 
@@ -33,13 +36,14 @@ class ShardConfig(Config):
 
 def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
     """What the shards are made from; the last two are fingerprints."""
-    return Spec("shards", 1, config.content(), {"embeddings": embeddings, "centroids": centroids})
+    return Spec("shards", 1, {"shard": config}, {"embeddings": embeddings, "centroids": centroids})
 
 
 def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: Root) -> Artifact:
     """Assign every pair to its leaf, tokenise it, and write each block as one file sorted by leaf.
 
-    The artifact holds the table `shards`, and the tables `index` and `tree` that a plan is made from.
+    The artifact holds the table `shards`, the tables `index` and `tree` that a plan is made from, and the
+    tokenizer.
 
     Raises:
         StrataError: the tokenizer cannot be loaded.
@@ -48,16 +52,20 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
     made = root.find(spec)
     if made is not None:
         return made
-    config.tokenizer.folder()
+    tokenizer = config.tokenizer.load()
     draft = Draft(root, spec)
     tasks = [Task(piece.id, piece) for piece in embeddings.slices(config.block_rows)]
     worker = functools.partial(_Worker, config, embeddings, centroids, draft)
     receipts = run_tasks(draft, "shard", tasks, worker, Workers())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = draft.write_folder(TOKENIZER, Path(folder))
     runs = [[shards.Run(*run) for run in receipt.stats["runs"]] for receipt in receipts]
     extra = Receipt(
         [
             draft.write("index", "index", INDEX, [shards.index_table(runs)]),
             draft.write("tree", "tree", TREE, [centroids.read(columns=TREE.names)]),
+            *files,
         ]
     )
     truncated = {
@@ -72,7 +80,7 @@ class _Worker:
         self._config = config
         self._embeddings = embeddings
         self._draft = draft
-        self._field: kmeans.ClusterField = centroids.config["field"]
+        self._field: kmeans.ClusterField = centroids.config["cluster"]["field"]
         self._centroids = leaf_centroids(centroids)
         self._tokenizer = config.tokenizer.load()
         self._token = token_type(len(self._tokenizer))

@@ -22,24 +22,22 @@ _PACKAGES = ("clusterlib", "train", "tune", "pipelines")
 
 
 @contextmanager
-def ray_session(address: str | None, dashboard: bool = False) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster, or start one on this machine and stop it at the end.
 
     Args:
         address: of a running Ray cluster; by default RAY_ADDRESS, else this machine.
-        dashboard: sweeps need it: without it a stopped trial keeps its placement group and the next one
-            hangs (seen with ray 2.60).
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    # Progress is ours to show, and Ray's warnings about its own internals are not for the user of a recipe.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if address is None:
         # One logical CPU more than there are: coordinators take it, or actors that hold all others would
         # leave none for the tasks they wait for, and the run would hang without a word.
         num_cpus = (os.cpu_count() or 1) + 1
-        ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=logging.ERROR)
+        # Without the dashboard Ray Train cannot clean up after a trial that was stopped: it keeps its
+        # placement group and the next one hangs (seen with ray 2.60). It listens on loopback only.
+        ray.init(num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR)
     else:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env=_code())
     try:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from clusterlib.artifact import Artifact
 from clusterlib.shards import ShardIndex
 from clusterlib.tree import from_table
 
+TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _CACHED = ["query_id", "passage_id", "query_tokens", "passage_tokens"]
 _PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
 
@@ -62,6 +64,14 @@ class RankBatch:
 def shard_index(shards: Artifact) -> ShardIndex:
     """The index and the trees of a `shards` artifact."""
     return ShardIndex(shards.read("index"), from_table(shards.read("tree")))
+
+
+def load_tokenizer(shards: Artifact) -> Any:
+    """The tokenizer that made the shards, which they carry."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
 
 
 def cache_shards(shards: Artifact, cache_dir: Path) -> Path:

@@ -56,6 +56,16 @@ class Engine:
             betas=(config.beta1, config.beta2),
             fused=self.device.type == "cuda",
         )
+        # Plain DeepSpeed clips without telling the norm, so there torch clips, right before the update.
+        self._norm: float | None = None
+        torch_clips = zero_stage == 0 and precision == "fp32"
+        if torch_clips:
+
+            def clip(*_: Any) -> None:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+                self._norm = float(norm)
+
+            optimizer.register_step_pre_hook(clip)
         self._engine, _, _, self._scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -68,11 +78,11 @@ class Engine:
                 "gradient_accumulation_steps": 1,
                 # `backward` only adds up, and `step` reduces: what GradCache needs.
                 "managed_gradient_accumulation": False,
-                "gradient_clipping": config.max_gradient_norm,
+                "gradient_clipping": 0.0 if torch_clips else config.max_gradient_norm,
                 "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
                 "zero_allow_untested_optimizer": True,
                 "bf16": {"enabled": precision == "bf16"},
-                "steps_per_print": 0,
+                "steps_per_print": None,
             },
         )
         self.model: Encoder = self._engine.module
@@ -93,7 +103,8 @@ class Engine:
         """
         learning_rate = self._scheduler.get_last_lr()[0]
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), learning_rate
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
+        return float(norm), learning_rate
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule; every rank calls it and writes its own files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -11,18 +12,21 @@ from typing import Any
 import pyarrow as pa
 import ray.train
 import ray.train.torch
+import torch.distributed as dist
 import yaml
+from pyarrow.fs import FileSelector
 
 from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
+from clusterlib.config import dump
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import STEPS
 from train import checkpoint
-from train.data import TokenStore, cache_shards, shard_index
+from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.engine import Engine
 from train.export import export
 from train.loop import Progress, TrainConfig, fit
-from train.model import TokenizerRef, build_student
+from train.model import build_student, student_architecture
 
 EXPORT = "export"  # folder of the sentence-transformers model inside the artifact
 _CHECKPOINTS = "checkpoints"
@@ -31,7 +35,7 @@ _LOG_SECONDS = 10
 
 def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str) -> Spec:
     """What a trained model is made from; `shards` is a fingerprint."""
-    return Spec("model", 1, {"train": config.content(), "batching": batching.content()}, {"shards": shards})
+    return Spec("model", 1, {"train": config, "batching": batching}, {"shards": shards})
 
 
 def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root: Root, name: str) -> Artifact:
@@ -56,12 +60,14 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
             f"batching.global_batch_size={batching.global_batch_size} does not divide by "
             f"train.num_workers={config.num_workers}; every rank takes an equal share"
         )
+    student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
     draft = Draft(root, spec)
+    _check_same_ranks(draft, config)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
-            "config": config.model_dump(),
-            "batching": batching.model_dump(),
+            "config": config,
+            "batching": batching,
             "shards": shards,
             "draft": draft,
             "name": f"{name}: {plan.num_batches} batches an epoch from {len(plan.strata)} strata",
@@ -74,6 +80,7 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
             storage_filesystem=root.fs,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.fit()
@@ -83,11 +90,28 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
     return draft.publish([receipt], receipt.stats)
 
 
+def _check_same_ranks(draft: Draft, config: TrainConfig) -> None:
+    """Refuse to continue a run with another number of ranks or ZeRO stage than it was started with."""
+    fs = draft.root.fs
+    for entry in fs.get_file_info(FileSelector(f"{draft.path}/{_CHECKPOINTS}", recursive=True, allow_not_found=True)):
+        if entry.base_name != checkpoint.CONFIG:
+            continue
+        with fs.open_input_stream(entry.path) as stream:
+            saved = json.loads(stream.read())
+        for name in ("num_workers", "zero_stage"):
+            if saved[name] != getattr(config, name):
+                raise StrataError(
+                    f"train.{name}={getattr(config, name)}: the run to continue was started with {saved[name]}; set "
+                    f"train.{name}={saved[name]}, or delete {draft.path} to start afresh"
+                )
+
+
 def _worker(settings: Mapping[str, Any]) -> None:
     """What each rank runs."""
-    config = TrainConfig.model_validate(settings["config"])
-    batching = BatchingConfig.model_validate(settings["batching"])
-    shards, draft = settings["shards"], settings["draft"]
+    config: TrainConfig = settings["config"]
+    batching: BatchingConfig = settings["batching"]
+    shards: Artifact = settings["shards"]
+    draft: Draft = settings["draft"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
@@ -95,13 +119,13 @@ def _worker(settings: Mapping[str, Any]) -> None:
     cache_dir = Path(config.cache_dir)
     if context.get_local_rank() == 0:
         cache_shards(shards, cache_dir)
-    ray.train.collective.barrier()
-    tokenizer = TokenizerRef.model_validate(shards.config["tokenizer"]).load()
+    dist.barrier()
+    tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, batching)
     store = TokenStore(cache_shards(shards, cache_dir), index, tokenizer.pad_token_id)
     engine = Engine(
-        build_student(config.student, tokenizer, config.seed).to(device),
+        build_student(config.student, tokenizer, _max_tokens(shards), config.seed).to(device),
         config.optimizer,
         config.num_steps(plan),
         config.precision,
@@ -112,7 +136,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
     progress = Progress()
     if latest is not None:
         with latest.as_directory() as folder:
-            progress = checkpoint.load(Path(folder), engine, config)
+            progress = checkpoint.load(Path(folder), engine)
     log = _Log(settings["name"], config.num_steps(plan), batching.global_batch_size, progress, rank)
 
     def on_checkpoint(progress: Progress) -> None:
@@ -133,12 +157,11 @@ def _finish(
     draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
 ) -> None:
     """Write the exported model and the records of all steps, then the receipt that says so."""
-    tokens = shards.config
+    tokens = shards.config["shard"]
     prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
-    max_tokens = max(tokens["query_max_tokens"], tokens["passage_max_tokens"])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / EXPORT
-        export(engine.model, tokenizer, folder, prompts, max_tokens, _card(draft, shards, plan))
+        export(engine.model, tokenizer, folder, prompts, _max_tokens(shards), _card(draft, shards, plan))
         parts: list[Part] = draft.write_folder(EXPORT, folder)
     parts.append(
         draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)])
@@ -156,6 +179,11 @@ def _finish(
     draft.commit(EXPORT, Receipt(parts, stats=stats))
 
 
+def _max_tokens(shards: Artifact) -> int:
+    tokens = shards.config["shard"]
+    return int(max(tokens["query_max_tokens"], tokens["passage_max_tokens"]))
+
+
 def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
     """The exported model's README.md."""
     front = {
@@ -163,7 +191,7 @@ def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "strata"],
     }
-    recipe = yaml.safe_dump(dict(draft.spec.config), sort_keys=False)
+    recipe = yaml.safe_dump(dump(draft.spec.config), sort_keys=False)
     return (
         f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
         f"Trained by Strata on {plan.num_rows} pairs of {', '.join(shards.stats['num_rows_by_source'])} "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -158,39 +157,45 @@ class Encoder(nn.Module):
         return F.normalize(pooled, dim=-1)
 
 
-def build_student(config: StudentConfig, tokenizer: Any, seed: int) -> Encoder:
-    """The student before its first step; random weights depend on `seed` alone.
+def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int) -> Any:
+    """The student's transformers configuration, checked against the shards it is to learn from.
 
     Raises:
-        StrataError: the architecture is no transformers configuration, or its vocabulary is too small.
+        StrataError: it is no transformers configuration, or has too few tokens or positions.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
+
+    try:
+        if config.model is not None:
+            architecture = AutoConfig.from_pretrained(config.model.folder(), trust_remote_code=False)
+        else:
+            settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **(config.architecture or {})}
+            architecture = AutoConfig.for_model(settings.pop("model_type", None), **settings)
+    except (ValueError, TypeError, OSError) as error:
+        raise StrataError(f"train.student: {error}") from error
+    if architecture.vocab_size < len(tokenizer):
+        raise StrataError(
+            f"train.student: it knows {architecture.vocab_size} tokens and the tokenizer of the shards "
+            f"{len(tokenizer)}; set shard.tokenizer to the student's own"
+        )
+    positions = getattr(architecture, "max_position_embeddings", None)
+    if positions is not None and positions < max_tokens:
+        raise StrataError(
+            f"train.student: it takes at most {positions} tokens and the shards hold up to {max_tokens}; lower "
+            "shard.query_max_tokens and shard.passage_max_tokens"
+        )
+    return architecture
+
+
+def build_student(config: StudentConfig, tokenizer: Any, max_tokens: int, seed: int) -> Encoder:
+    """The student before its first step; random weights depend on `seed` alone."""
+    from transformers import AutoModel
 
     if config.model is not None:
         backbone = AutoModel.from_pretrained(
             config.model.folder(), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
     else:
-        settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **(config.architecture or {})}
-        try:
-            architecture = AutoConfig.for_model(settings.pop("model_type", "bert"), **settings)
-            torch.manual_seed(seed)
-            backbone = AutoModel.from_config(architecture)
-        except (ValueError, TypeError) as error:
-            raise StrataError(f"train.student.architecture: {error}") from error
-    if backbone.config.vocab_size < len(tokenizer):
-        raise StrataError(
-            f"train.student: the model knows {backbone.config.vocab_size} tokens and the tokenizer of the shards "
-            f"{len(tokenizer)}; set shard.tokenizer to the student's own"
-        )
+        torch.manual_seed(seed)
+        backbone = AutoModel.from_config(student_architecture(config, tokenizer, max_tokens))
     return Encoder(backbone, config.pooling)
-
-
-def max_positions(folder_or_architecture: Path | dict[str, Any]) -> int | None:
-    """How many tokens the architecture takes at most, where it says so."""
-    if isinstance(folder_or_architecture, Path):
-        settings = json.loads((folder_or_architecture / "config.json").read_text(encoding="utf-8"))
-    else:
-        settings = folder_or_architecture
-    limit = settings.get("max_position_embeddings")
-    return int(limit) if limit else None
