@@ -167,7 +167,7 @@ def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tup
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             if not pa.types.is_null(column.type):
                 reasons = [f"{name} is {column.type}, not text"] * raw.num_rows
-            column = pa.nulls(raw.num_rows, pa.string())
+            column = pa.chunked_array([pa.nulls(raw.num_rows, pa.string())])
         column, undecodable = _decode(column)
         for row in undecodable:
             reasons[row] = reasons[row] or f"{name} is not UTF-8"

@@ -1,1 +1,14 @@
 """The stages: each reads one artifact and writes one, and `run` chains them."""
+
+# What libraries read when they are imported, here and in the processes that Ray starts: their own progress
+# bars and notices would bury ours. What the user's environment says comes first.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line of a rank a second time
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+PACKAGES = ("clusterlib", "train", "tune", "pipelines")  # what a Ray cluster is sent

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clusterlib.errors import StrataError
+from pipelines import ENVIRONMENT
 
 if TYPE_CHECKING:
     from pipelines.run import Run, RunConfig
@@ -84,24 +85,11 @@ def _strata_error(error: BaseException) -> StrataError | None:
 
 
 def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
-    _quiet()
+    os.environ.update({**ENVIRONMENT, **os.environ})
     from clusterlib.config import parse_overrides
     from pipelines.run import load_recipe
 
     return load_recipe(recipe, parse_overrides(overrides))
-
-
-def _quiet() -> None:
-    """Settings that libraries read when they are imported, here and in the processes Ray starts."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-        "DS_LOG_LEVEL": "error",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> Run | None:

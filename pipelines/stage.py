@@ -17,20 +17,25 @@ import ray.data
 
 from clusterlib.artifact import Draft, Receipt
 from clusterlib.errors import StrataError
+from pipelines import ENVIRONMENT, PACKAGES
 
-_PACKAGES = ("clusterlib", "train", "tune", "pipelines")
 
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster, or start one on this machine and stop it at the end.
 
+    A process that is connected already stays as it is.
+
     Args:
         address: of a running Ray cluster; by default RAY_ADDRESS, else this machine.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # One logical CPU more than there are: coordinators take it, or actors that hold all others would
         # leave none for the tasks they wait for, and the run would hang without a word.
@@ -39,19 +44,20 @@ def ray_session(address: str | None) -> Iterator[None]:
         # placement group and the next one hangs (seen with ray 2.60). It listens on loopback only.
         ray.init(num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR)
     else:
-        ray.init(address=address, logging_level=logging.ERROR, runtime_env=_code())
+        ray.init(address=address, logging_level=logging.ERROR, runtime_env=_runtime_env())
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _code() -> dict[str, Any]:
-    """The runtime environment that carries our packages to a Ray cluster; a submitted job has them already."""
+def _runtime_env() -> dict[str, Any]:
+    """What travels to the nodes of a Ray cluster: our packages, unless a job has brought them, and settings."""
+    variables = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return {}
+        return {"env_vars": variables}
     root = Path(__file__).parents[1]
-    return {"py_modules": [str(root / package) for package in _PACKAGES]}
+    return {"env_vars": variables, "py_modules": [str(root / package) for package in PACKAGES]}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def run_tasks(
     """
     done = draft.receipts()
     todo = [task for task in tasks if task.id not in done]
-    progress = Progress(label, len(todo), len(tasks) - len(todo))
+    progress = ProgressLine(label, len(todo), len(tasks) - len(todo))
     if todo:
         dataset = ray.data.from_items([{"task": index} for index in range(len(todo))], override_num_blocks=len(todo))
         made = dataset.map_batches(
@@ -134,7 +140,7 @@ class _Actor:
         return {"num_rows": [receipt.num_rows_in]}
 
 
-class Progress:
+class ProgressLine:
     """Tasks and rows done, rate and time left: one line rewritten on a terminal, a line now and then elsewhere."""
 
     def __init__(self, label: str, num_tasks: int, num_done_before: int) -> None:

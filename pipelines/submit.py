@@ -12,10 +12,10 @@ import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from clusterlib.errors import StrataError
+from pipelines import PACKAGES
 from pipelines.run import RunConfig
 
 _ROOT = Path(__file__).parents[1]
-_PACKAGES = ("clusterlib", "train", "tune", "pipelines")
 
 
 def submit(config: RunConfig, command: str, root: str, address: str) -> int:
@@ -38,7 +38,7 @@ def submit(config: RunConfig, command: str, root: str, address: str) -> int:
     except (ConnectionError, RuntimeError) as error:
         raise StrataError(f"--address {address}: no Ray dashboard answers there ({error})") from error
     with tempfile.TemporaryDirectory() as folder:
-        for package in _PACKAGES:
+        for package in PACKAGES:
             shutil.copytree(_ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

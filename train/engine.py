@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +117,8 @@ class Engine:
 
 
 def _deepspeed() -> Any:
+    # Told, DeepSpeed neither searches for accelerators nor warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed.ops
 
     # init_distributed would compile this op, which takes a minute and needs g++; training never uses it.
