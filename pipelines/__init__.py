@@ -4,6 +4,7 @@
 # bars and notices would bury ours. What the user's environment says comes first.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line of a rank a second time
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

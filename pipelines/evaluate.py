@@ -98,7 +98,12 @@ def _score(
         encoder = _load(model, Path(scratch))
         wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
         result = mteb.evaluate(
-            encoder, wanted, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs={"batch_size": 64}
+            encoder,
+            wanted,
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": 64, "show_progress_bar": False},
         )
     rows, parts = [], []
     step = int(model.stats["num_steps"]) if isinstance(model, Artifact) else 0

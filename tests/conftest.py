@@ -84,7 +84,8 @@ def encoder_folder(tmp_path_factory, tokenizer_folder, architecture):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(0)
     settings = {key: value for key, value in architecture.items() if key != "model_type"}
-    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), pad_token_id=0, **settings)
+    # Large weights, or all texts would have nearly the same vector and ties would decide.
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.5, **settings)
     folder = tmp_path_factory.mktemp("encoder")
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,79 @@
+"""A small chain of artifacts made once, for the tests of single stages."""
+
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from clusterlib.artifact import Root
+from pipelines.cluster import ClusterConfig, cluster
+from pipelines.embed import EmbedConfig, embed
+from pipelines.ingest import IngestConfig, ingest
+from pipelines.shard import ShardConfig, shard
+from pipelines.sources import InputConfig
+from train.model import ModelRef, TokenizerRef
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_folder):
+    """Pairs of two sources, embedded, clustered and sharded in several blocks."""
+    root = Root(str(tmp_path_factory.mktemp("chain")))
+    inputs = [
+        InputConfig(source="big", format="jsonl", path=str(pairs_file)),
+        InputConfig(source="half", format="jsonl", path=str(pairs_file), fraction=0.5),
+    ]
+    configs = SimpleNamespace(
+        ingest=IngestConfig(inputs=inputs),
+        embed=EmbedConfig(teacher=ModelRef(name=str(teacher_folder)), task_rows=50, batch_tokens=200),
+        cluster=ClusterConfig(num_leaves=6, min_pairs_per_leaf=20, num_iterations=5),
+        shard=ShardConfig(
+            tokenizer=TokenizerRef(name=str(tokenizer_folder)),
+            query_prompt="query: ",
+            passage_prompt="passage: ",
+            query_max_tokens=8,
+            passage_max_tokens=12,
+            block_rows=70,
+        ),
+    )
+    pairs = ingest(configs.ingest, [], ".", root)
+    embeddings = embed(configs.embed, pairs, root)
+    centroids = cluster(configs.cluster, embeddings, root)
+    shards = shard(configs.shard, embeddings, centroids, root)
+    return SimpleNamespace(
+        root=root, configs=configs, pairs=pairs, embeddings=embeddings, centroids=centroids, shards=shards
+    )
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_folder, architecture):
+    """A whole recipe, small enough to run in a test, as a file."""
+    settings = {
+        "name": "tiny",
+        "description": "a recipe for tests",
+        "ingest": {"inputs": [{"source": "jsonl", "format": "jsonl", "path": str(pairs_file)}]},
+        "embed": {"teacher": {"name": str(teacher_folder)}, "task_rows": 16},
+        "cluster": {"num_leaves": 4, "min_pairs_per_leaf": 10, "num_iterations": 5},
+        "shard": {
+            "tokenizer": {"name": str(tokenizer_folder)},
+            "query_max_tokens": 12,
+            "passage_max_tokens": 16,
+            "block_rows": 40,
+        },
+        "batching": {"strategy": "cluster", "k": 2, "global_batch_size": 16},
+        "train": {
+            "student": {"architecture": architecture},
+            "optimizer": {"learning_rate": 1.0e-3},
+            "steps": 12,
+            "num_workers": 2,
+            "micro_batch_size": 4,
+            "checkpoint_every_steps": 4,
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        },
+        "evaluate": {
+            "tests": [{"name": "local", "format": "beir", "path": str(beir_folder)}],
+            "references": {"teacher": {"name": str(teacher_folder)}},
+        },
+        "arms": {"random": {"batching.strategy": "random"}, "cluster": {}},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path

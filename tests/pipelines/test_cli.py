@@ -1,0 +1,126 @@
+"""Bad input ends in one clear message and status 1, and nothing half-written is taken for complete."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from clusterlib.artifact import Root
+from pipelines.cli import main
+
+
+def strata(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def refused(result, *parts):
+    """The one message of a command that ended with status 1."""
+    assert result.exit_code == 1, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("strata: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in result.stderr, result.stderr
+    return errors[0]
+
+
+def kinds(root):
+    return {artifact.kind for artifact in Root(str(root)).artifacts()}
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, pipelines.cli; print({'ray', 'torch', 'pyarrow', 'transformers'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "set()"
+    assert strata("--help").exit_code == 0 and "ingest" in strata("--help").output
+
+
+def test_unknown_settings_recipes_and_artifacts(recipe, tmp_path):
+    refused(strata("run", recipe, "cluster.kk=5", "--root", tmp_path), "cluster.kk: unknown setting")
+    refused(strata("run", recipe, "train.stepz=5", "--root", tmp_path), "did you mean train.steps?")
+    refused(strata("run", recipe, "arms.cluster={batching.kk: 2}", "--root", tmp_path), "arms.cluster", "batching.k?")
+    refused(strata("run", "no-such", "--root", tmp_path), "no such recipe", "demo", "msmarco")
+    refused(strata("inspect", "pairs", "--root", tmp_path), "no finished artifact", "none")
+    assert kinds(tmp_path) == set()
+
+
+def test_a_missing_input_is_named(recipe, ray_running, tmp_path):
+    result = strata("ingest", recipe, "ingest.inputs.0.path=absent.jsonl", "--root", tmp_path)
+    refused(result, "absent.jsonl: no such file")
+    assert kinds(tmp_path) == set()
+
+
+def test_a_wrong_column_is_told_with_those_there_are(recipe, ray_running, tmp_path):
+    result = strata("ingest", recipe, "ingest.inputs.0.columns.query=title", "--root", tmp_path)
+    refused(result, "no column 'title' for columns.query; the columns are query, passage")
+    assert kinds(tmp_path) == set()
+
+
+def test_a_truncated_file_is_named(recipe, ray_running, tmp_path):
+    pq.write_table(pa.table({"query": ["a"] * 5000, "passage": ["b"] * 5000}), tmp_path / "a.parquet")
+    os.truncate(tmp_path / "a.parquet", 300)
+    inputs = f"ingest.inputs=[{{source: s, format: parquet, path: {tmp_path}/a.parquet}}]"
+    refused(strata("ingest", recipe, inputs, "--root", tmp_path / "root"), "a.parquet: not a whole Parquet file")
+    assert kinds(tmp_path / "root") == set()
+
+
+def test_a_model_without_weights_is_refused(recipe, ray_running, tmp_path, tokenizer_folder, chain):
+    shutil.copytree(chain.root.path, tmp_path / "root")
+    result = strata("embed", recipe, f"embed.teacher.name={tokenizer_folder}", "--root", tmp_path / "root")
+    refused(result, "not a complete model folder")
+
+
+def test_a_stage_without_its_input_says_what_to_run(recipe, ray_running, tmp_path):
+    refused(strata("embed", recipe, "--root", tmp_path), "no finished artifact there; run `strata ingest`")
+
+
+def test_a_root_that_cannot_be_written_is_refused(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(strata("ingest", recipe, "--root", tmp_path / "file" / "root"), "cannot be written")
+
+
+def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(recipe, ray_running, tmp_path):
+    for stage in ("ingest", "embed"):
+        assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
+    refused(strata("cluster", recipe, "cluster.num_leaves=500", "--root", tmp_path), "num_leaves=500", "160 pairs", "at most 16")
+    assert kinds(tmp_path) == {"pairs", "embeddings"}
+    for stage in ("cluster", "shard"):
+        assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
+    big = ("arms={}", "batching.global_batch_size=256")
+    refused(strata("train", recipe, *big, "batching.leftover=drop", "--root", tmp_path), "no stratum fills a batch", "256")
+    refused(strata("train", recipe, "arms={}", "batching.k=5", "--root", tmp_path), "batching.k=5 is larger than the 4 leaves")
+    refused(strata("train", recipe, "arms={}", "batching.global_batch_size=15", "--root", tmp_path), "does not divide by train.num_workers=2")
+    refused(strata("train", recipe, "train.student.architecture.max_position_embeddings=8", "--root", tmp_path), "at most 8 tokens")
+    assert kinds(tmp_path) == {"pairs", "embeddings", "centroids", "shards"}
+
+
+def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
+    result = strata("run", recipe, "--dry-run", "train.steps=7", "--root", tmp_path / "root")
+    assert result.exit_code == 0, result.output
+    assert "steps: 7" in result.output
+    assert [line.split()[0] for line in result.output.splitlines() if line.startswith("to make")] == ["to"] * 10
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_papers_recipe_resolves_without_network_or_data(tmp_path):
+    started = time.monotonic()
+    result = strata("run", "msmarco", "--dry-run", "--root", tmp_path)
+    assert result.exit_code == 0, result.output
+    for part in ("snowflake-arctic-embed-m", "bert-base-uncased", "global_batch_size: 4096", "temperature: 0.02"):
+        assert part in result.output
+    assert time.monotonic() - started < 60
+
+
+def test_unexpected_errors_are_not_dressed_up(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.run.load_recipe", lambda *_: 1 / 0)
+    result = strata("run", recipe, "--root", tmp_path)
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["nonsense"], ["submit", "run"]])
+def test_usage_errors_have_status_2(words):
+    assert strata(*words).exit_code == 2

@@ -1,0 +1,76 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from clusterlib.errors import StrataError
+from clusterlib.tables import vectors
+from pipelines.embed import EmbedConfig, Teacher, _batches, check_vectors, embed
+from train.model import ModelRef
+
+
+@pytest.fixture(scope="module")
+def reference(teacher_folder):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(teacher_folder), device="cpu")
+
+
+def test_vectors_are_sentence_transformers_own(chain, reference):
+    table = chain.embeddings.read()
+    for side, encode in (("query", reference.encode_query), ("passage", reference.encode_document)):
+        found = vectors(table[f"{side}_embedding"])
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(np.linalg.norm(found.astype(np.float32), axis=1), 1, atol=2e-3)
+        np.testing.assert_allclose(found, encode(table[side].to_pylist()), atol=2e-3)
+
+
+def test_every_pair_is_embedded_once_in_its_order(chain):
+    assert chain.embeddings.read(columns=chain.pairs.read().column_names).equals(chain.pairs.read())
+    assert len(chain.embeddings.parts()) > 2  # several tasks
+
+
+def test_prompts_and_length_are_the_models_unless_given(teacher_folder, encoder_folder, reference):
+    texts = ["rose tulip", "wave tide reef " * 20]
+    config = EmbedConfig(teacher=ModelRef(name=str(teacher_folder)), query_prompt="about ", max_tokens=10)
+    reference.max_seq_length = 10
+    expected = reference.encode(["about " + text for text in texts])
+    reference.max_seq_length = 20
+    np.testing.assert_allclose(Teacher(config).encode(texts, "query"), expected, atol=2e-3)
+    from sentence_transformers import SentenceTransformer
+
+    plain = SentenceTransformer(str(encoder_folder), device="cpu").encode(texts, normalize_embeddings=True)
+    found = Teacher(EmbedConfig(teacher=ModelRef(name=str(encoder_folder)))).encode(texts, "passage")
+    np.testing.assert_allclose(found, plain, atol=2e-3)
+
+
+def test_each_distinct_text_is_encoded_once(teacher_folder, monkeypatch):
+    teacher = Teacher(EmbedConfig(teacher=ModelRef(name=str(teacher_folder))))
+    seen = []
+    forward = teacher.model.forward
+    monkeypatch.setattr(teacher.model, "forward", lambda features: seen.append(len(features["input_ids"])) or forward(features))
+    found = teacher.encode(["a rose", "a wave", "a rose", "a rose"], "query")
+    assert sum(seen) == 2
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_batches_hold_similar_lengths_and_stay_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 60, 500)
+    batches = list(_batches(lengths, 256))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert all(len(rows) * lengths[rows].max() <= 256 for rows in batches)
+    assert sum(len(rows) * lengths[rows].max() for rows in batches) < 1.1 * lengths.sum()
+    assert [rows.tolist() for rows in _batches(np.array([900]), 256)] == [[0]]  # a long text goes alone
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_bad_vector_is_an_error_that_names_its_row(value):
+    matrix = np.full((4, 8), 8**-0.5, np.float16)
+    matrix[2] = value
+    ids = pa.chunked_array([pa.array([10, 11, 12, 13], pa.uint64())])
+    with pytest.raises(StrataError, match=r"pair 12: the teacher's query vector has norm .*\(1 of 4 rows"):
+        check_vectors(matrix, ids, "query")
+
+
+def test_a_teacher_without_weights_is_refused_before_any_work(chain, tokenizer_folder):
+    config = EmbedConfig(teacher=ModelRef(name=str(tokenizer_folder)))
+    with pytest.raises(StrataError, match="not a complete model folder"):
+        embed(config, chain.pairs, chain.root)

@@ -1,0 +1,157 @@
+"""The whole job, through the command line: to the end, again, and killed midway."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from clusterlib.artifact import Root
+from pipelines.cli import main
+from pipelines.run import load_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, ray_running, tmp_path_factory):
+    """(root, output) of an undisturbed run."""
+    root = tmp_path_factory.mktemp("finished")
+    result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
+    assert result.exit_code == 0, result.output
+    return Root(str(root)), result.output
+
+
+def digests(root):
+    """What must be equal however often a run was killed: all content but the clock's."""
+    found = {}
+    for artifact in root.artifacts():
+        if artifact.kind == "model":
+            found[artifact.name] = [part.sha256 for part in artifact.parts("export")]
+        elif artifact.kind != "report":
+            found[artifact.name] = [part.sha256 for part in artifact.parts()]
+    return found
+
+
+def test_the_run_makes_every_artifact_and_prints_the_scores(finished):
+    root, output = finished
+    counts = {}
+    for artifact in root.artifacts():
+        artifact.verify()
+        counts[artifact.kind] = counts.get(artifact.kind, 0) + 1
+    assert counts == {"pairs": 1, "embeddings": 1, "centroids": 1, "shards": 1, "model": 2, "scores": 3, "report": 1}
+    for word in ("NDCG@10", "recall@100", "MRR@10", "random", "cluster - random", "teacher", "report.html"):
+        assert word in output
+
+
+def test_the_same_command_again_does_nothing(finished, recipe):
+    root, output = finished
+    before = {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()}
+    result = CliRunner().invoke(main, ["run", str(recipe), "--root", root.uri])
+    assert result.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()} == before
+    assert result.output.splitlines()[-1] == output.splitlines()[-1]
+
+
+def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
+    root, _ = finished
+    for model in (artifact for artifact in root.artifacts() if artifact.kind == "model"):
+        steps = model.read("steps").to_pylist()
+        assert [row["step"] for row in steps] == list(range(12))
+        strategy = model.config["batching"]["strategy"]
+        assert {row["stratum"].split("/")[0] for row in steps} == {"all" if strategy == "random" else "jsonl"}
+        assert all(np.isfinite([row["loss"], row["gradient_norm"], row["hardness"]]).all() for row in steps)
+        assert not Path(model.path, "checkpoints").exists()
+        assert model.stats["pure_fraction"] == 1.0 or strategy == "cluster"
+
+
+def test_the_student_learns(finished):
+    root, _ = finished
+    for model in (artifact for artifact in root.artifacts() if artifact.kind == "model"):
+        losses = model.read("steps")["loss"].to_numpy()
+        assert losses[-3:].mean() < losses[:3].mean()
+
+
+def test_the_export_gives_the_vectors_of_the_last_checkpoint(finished, tokenizer_folder):
+    """The exported folder loads in sentence-transformers with pooling, norm and length."""
+    from sentence_transformers import SentenceTransformer
+
+    root, _ = finished
+    model = next(artifact for artifact in root.artifacts() if artifact.kind == "model")
+    student = SentenceTransformer(f"{model.path}/export", device="cpu")
+    found = student.encode(["rose tulip", "wave"])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert student.max_seq_length == 16
+    card = Path(model.path, "export", "README.md").read_text()
+    assert "arXiv 2407.18887" in card and "learning_rate: 0.001" in card
+
+
+def test_inspect_shows_every_artifact_with_its_lineage(finished):
+    root, _ = finished
+    listing = CliRunner().invoke(main, ["inspect", "--root", root.uri])
+    for artifact in root.artifacts():
+        assert artifact.name in listing.output
+        shown = CliRunner().invoke(main, ["inspect", artifact.name, "--root", root.uri, "--verify"])
+        assert shown.exit_code == 0 and artifact.path in shown.output
+    report = CliRunner().invoke(main, ["inspect", "report", "--root", root.uri]).output
+    assert "pairs/" in report and "(gone)" not in report
+
+
+def test_the_report_is_one_file_that_says_what_ran(finished):
+    root, _ = finished
+    report = next(artifact for artifact in root.artifacts() if artifact.kind == "report")
+    html = Path(report.path, "report.html").read_text()
+    assert "<script" not in html and not re.search(r"""(src|href)=["']?http""", html)
+    for artifact in root.artifacts():
+        if artifact.kind != "report":
+            assert artifact.name in html
+    for word in ("rose", "piston", "cluster − random", "In-batch accuracy", "usable pairs", "max_workers"):
+        assert word in html, word
+
+
+def test_arms_share_what_they_can(recipe):
+    config = load_recipe(str(recipe), {})
+    random, cluster = config.arm_configs().values()
+    assert random.batching.strategy == "random" and cluster.batching.strategy == "cluster"
+    assert random.replace(batching=cluster.batching) == cluster
+
+
+@pytest.mark.timeout(600)
+def test_killed_midway_it_ends_the_same(finished, recipe, tmp_path):
+    """kill -9 of the driver while embedding and while training; then the command again."""
+    undisturbed, _ = finished
+    root = tmp_path / "root"
+
+    def kill_when(pattern):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(root)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 180
+        while not list(root.glob(pattern)):
+            assert process.poll() is None and time.monotonic() < deadline, f"{pattern} never came"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    kill_when("embeddings/*/receipts/*")
+    assert not list(root.glob("embeddings/*/manifest.json"))
+    pairs = next(root.glob("pairs/*/manifest.json")).stat().st_mtime_ns
+    kill_when("model/*/checkpoints/step-*")
+    assert next(root.glob("pairs/*/manifest.json")).stat().st_mtime_ns == pairs
+    embeddings = next(root.glob("embeddings/*/manifest.json")).stat().st_mtime_ns
+
+    result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
+    assert result.exit_code == 0, result.output
+    assert next(root.glob("embeddings/*/manifest.json")).stat().st_mtime_ns == embeddings
+    assert digests(Root(str(root))) == digests(undisturbed)
+    for model in root.glob("model/*"):
+        steps = pq.read_table(model / "steps" / "steps.parquet")["step"].to_pylist()
+        assert steps == list(range(12))
