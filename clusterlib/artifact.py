@@ -8,7 +8,7 @@ what it names is ever read, and the rest is swept.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import hashlib
 import importlib.metadata
@@ -240,9 +240,7 @@ class Artifact:
 
     def read(self, table: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of `table` (by default the artifact's own), in order."""
-        return pa.concat_tables(
-            [self.open_parquet(part).read(columns=columns) for part in self.parts(table)]
-        )
+        return pa.concat_tables([self.open_parquet(part).read(columns=columns) for part in self.parts(table)])
 
     def slices(self, num_rows: int) -> list[Slice]:
         """The artifact's own table cut into slices of at most `num_rows` rows, none across two parts."""
@@ -400,7 +398,7 @@ class Draft:
             "parts": [asdict(part) for part in parts],
             "versions": versions(),
             "commit": commit(),
-            "created_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created_utc": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         }
         data = json.dumps(manifest, indent=1).encode()
         self._replace(MANIFEST, lambda stream: stream.write(data))

@@ -69,6 +69,5 @@ def top_terms(texts: Sequence[str], clusters: np.ndarray, k: int, num_terms: int
     weights = counts / totals * np.log1p(counts.sum() / k / np.maximum(counts.sum(axis=0), 1))
     names = vectorizer.get_feature_names_out()
     return [
-        [str(names[word]) for word in np.argsort(-row, kind="stable")[:num_terms] if row[word] > 0]
-        for row in weights
+        [str(names[word]) for word in np.argsort(-row, kind="stable")[:num_terms] if row[word] > 0] for row in weights
     ]

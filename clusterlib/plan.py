@@ -193,9 +193,7 @@ def _cut_size(index: ShardIndex, config: BatchingConfig, source: str) -> int:
     return min(config.k or num_leaves, num_leaves)
 
 
-def _pool(
-    index: ShardIndex, config: BatchingConfig, strata: Sequence[Stratum]
-) -> Iterator[tuple[str, list[_Segment]]]:
+def _pool(index: ShardIndex, config: BatchingConfig, strata: Sequence[Stratum]) -> Iterator[tuple[str, list[_Segment]]]:
     """Batches made of what the strata's own batches leave over: (label, segments)."""
     if config.strategy != "cluster" or config.leftover == "drop":
         return
@@ -206,8 +204,7 @@ def _pool(
         numbers[stratum.source].append(number)
     for source, members in numbers.items():
         rests = [
-            [_Segment(number, strata[number].num_rows // size * size, strata[number].num_rows)]
-            for number in members
+            [_Segment(number, strata[number].num_rows // size * size, strata[number].num_rows)] for number in members
         ]
         if config.leftover == "source":
             pool = [segment for rest in rests for segment in rest]

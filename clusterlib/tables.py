@@ -173,7 +173,7 @@ def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tup
             reasons[row] = reasons[row] or f"{name} is not UTF-8"
         text = pc.utf8_trim_whitespace(column.cast(pa.string()).combine_chunks())
         length = pc.fill_null(pc.utf8_length(text), -1).to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero((length <= 0) | (length > max_chars)):
+        for row in np.flatnonzero((length <= 0) | (length > max_chars)).tolist():
             if reasons[row] is None:
                 state = {-1: "missing", 0: "empty"}.get(int(length[row]))
                 reasons[row] = f"{name} is {state}" if state else f"{name} is over {max_chars} characters"

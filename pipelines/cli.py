@@ -48,9 +48,7 @@ def main() -> None:
     """Cluster-stratified contrastive pretraining of text embeddings, on Ray."""
 
 
-_root = click.option(
-    "--root", default="runs", show_default=True, help="Folder or URI for artifacts."
-)
+_root = click.option("--root", default="runs", show_default=True, help="Folder or URI for artifacts.")
 
 
 def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], click.Command]:

@@ -64,7 +64,7 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
     if config.num_leaves > most:
         raise StrataError(
             f"cluster.num_leaves={config.num_leaves} is too large for every source: the largest, {largest}, has "
-            f"{counts[largest]} pairs and fits {most} leaves of at least {config.min_pairs_per_leaf}; set at most {most}"
+            f"{counts[largest]} pairs and fits {most} leaves of {config.min_pairs_per_leaf} or more; set at most {most}"
         )
     draft = Draft(root, spec)
     tasks = [Task(source, (source, count)) for source, count in counts.items()]
@@ -110,7 +110,7 @@ class _Worker:
 
 def _nodes(source: str, merges: tree.Tree, centroids: np.ndarray, weights: np.ndarray, sizes: np.ndarray) -> pa.Table:
     """The tree with the unit mean vector of each node."""
-    nodes = merges.to_table(source, sizes)
+    nodes = merges.to_table(source, sizes.tolist())
     sums = centroids * weights[:, None]
     first, count = nodes["first_leaf"].to_numpy(), nodes["num_leaves"].to_numpy()
     means = np.stack([sums[start : start + size].sum(axis=0) for start, size in zip(first, count, strict=True)])

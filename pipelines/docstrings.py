@@ -75,11 +75,11 @@ def module_files(package: str) -> list[tuple[str, Path]]:
     """(dotted module, file) of the package's modules, sorted, without tests and vendored copies."""
     package_version(package)
     if package == STANDARD_LIBRARY:
-        root, prefix = Path(sysconfig.get_path("stdlib")), ()
+        root, prefix = Path(sysconfig.get_path("stdlib")), list[str]()
     else:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.origin is not None
-        root, prefix = Path(spec.origin).parent, (package,)
+        root, prefix = Path(spec.origin).parent, [package]
     found = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts

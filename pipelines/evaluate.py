@@ -144,7 +144,7 @@ def _local_task(test: RetrievalTest) -> Any:
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    class LocalRetrieval(AbsTaskRetrieval):  # type: ignore[misc]
+    class LocalRetrieval(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=test.name,
             description=f"{test.name}, a local retrieval test",

@@ -42,7 +42,5 @@ def describe(artifact: Artifact) -> str:
             text = yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=110)
             lines += [f"{title}:", *(f"  {line}" for line in text.splitlines())]
     lines.append("made from:")
-    lines += [
-        f"  {'  ' * depth}{name}{'' if found else '  (gone)'}" for depth, name, found in lineage(artifact)
-    ]
+    lines += [f"  {'  ' * depth}{name}{'' if found else '  (gone)'}" for depth, name, found in lineage(artifact)]
     return "\n".join(lines) + "\n"

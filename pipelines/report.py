@@ -73,7 +73,9 @@ def report(name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[st
         clusters=_clusters(arms),
         fits=first["centroids"].stats["fits"],
         arms=_arm_rows(arms),
-        artifacts=_artifact_rows([*[artifact for kinds in arms.values() for artifact in kinds.values()], *scores.values()]),
+        artifacts=_artifact_rows(
+            [*[artifact for kinds in arms.values() for artifact in kinds.values()], *scores.values()]
+        ),
         versions=first["shards"].manifest["versions"],
         commit=first["shards"].manifest["commit"],
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
@@ -188,9 +190,9 @@ def _artifact_rows(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 def _curves(arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, str]]:
     """(title, SVG) of what the steps recorded, one line for each arm, smoothed over 5% of the run."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("svg")
+    mpl.use("svg")
     import matplotlib.pyplot as plt
 
     steps = {arm: kinds["model"].read("steps") for arm, kinds in arms.items()}
@@ -281,4 +283,3 @@ def _describe(
         examples = list(dict.fromkeys(queries[row] for row in nearest))[:_NUM_EXAMPLES]
         rows.append(ClusterRow(number, size, size / max(sizes), terms[number], examples))
     return rows
-

@@ -154,9 +154,7 @@ class Run:
 
     def train(self) -> dict[str, Artifact]:
         return {
-            arm: train(
-                chain.config.train, chain.config.batching, self._open(chain.shards, "shard"), self.root, arm
-            )
+            arm: train(chain.config.train, chain.config.batching, self._open(chain.shards, "shard"), self.root, arm)
             for arm, chain in self.arms.items()
         }
 
@@ -196,7 +194,9 @@ class Run:
             )
             for changes, config in zip(overrides, configs, strict=True)
         ]
-        spec = Spec("tune", 1, {"tune": self.config.tune}, {"shards": next(iter(self.arms.values())).shards.fingerprint})
+        spec = Spec(
+            "tune", 1, {"tune": self.config.tune}, {"shards": next(iter(self.arms.values())).shards.fingerprint}
+        )
         return search(
             trials,
             self.config.tune.metric,

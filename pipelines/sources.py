@@ -246,9 +246,7 @@ def _check_columns(columns: Columns, present: list[str], file: str) -> None:
     for role in ("query", "passage", "topic"):
         name = getattr(columns, role)
         if name is not None and name not in present:
-            raise StrataError(
-                f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(present)}"
-            )
+            raise StrataError(f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(present)}")
 
 
 def _read_parquet(split: Split) -> Batches:

@@ -20,7 +20,6 @@ from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
 
 
-
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster, or start one on this machine and stop it at the end.

@@ -22,6 +22,7 @@ os.environ.update(
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from clusterlib import shards as shardlib
 from clusterlib.artifact import Draft, Receipt, Root, Spec
 from clusterlib.tables import INDEX, TREE, shards_schema
@@ -42,7 +43,9 @@ def tokenizer_folder(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:-()'\""
-    words = sorted({word for topic in TOPICS.values() for word in topic.split()} | {"what", "about", "the", "query", "passage"})
+    words = sorted(
+        {word for topic in TOPICS.values() for word in topic.split()} | {"what", "about", "the", "query", "passage"}
+    )
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *words]
     vocabulary = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -135,7 +138,9 @@ def beir_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("beir")
     (folder / "qrels").mkdir()
     pairs = make_pairs(24, seed=99)
-    corpus = [{"_id": f"d{number}", "title": "", "text": passage + " held out"} for number, (_, passage) in enumerate(pairs)]
+    corpus = [
+        {"_id": f"d{number}", "title": "", "text": passage + " held out"} for number, (_, passage) in enumerate(pairs)
+    ]
     queries = [{"_id": f"q{number}", "text": query} for number, (query, _) in enumerate(pairs)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,32 @@ from clusterlib.tree import from_table
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _CACHED = ["query_id", "passage_id", "query_tokens", "passage_tokens"]
 _PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
+
+
+class _Ragged:
+    """A list<integer> column as flat values and offsets, both mapped from the file."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self.offsets = column.offsets.to_numpy()
+        self.values = column.values.to_numpy()
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the rows, one after the other, and the length of each."""
+        starts = self.offsets[rows].astype(np.int64)
+        lengths = self.offsets[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        return self.values[positions], lengths
+
+
+class _File:
+    """The columns of one cached shard."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.query_id = batch["query_id"].to_numpy()
+        self.passage_id = batch["passage_id"].to_numpy()
+        self.query_tokens = _Ragged(batch["query_tokens"])
+        self.passage_tokens = _Ragged(batch["passage_tokens"])
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ def cache_shards(shards: Artifact, cache_dir: Path) -> Path:
             table = shards.open_parquet(part).read(columns=_CACHED).combine_chunks()
             with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
-        os.replace(building, final)
+        building.rename(final)
     except OSError:
         if not final.is_dir():  # another process of this node may have been first
             raise
@@ -98,37 +123,17 @@ def cache_shards(shards: Artifact, cache_dir: Path) -> Path:
     return final
 
 
-class _Ragged:
-    """A list<integer> column as flat values and offsets, both mapped from the file."""
-
-    def __init__(self, column: pa.ListArray) -> None:
-        self.offsets = column.offsets.to_numpy()
-        self.values = column.values.to_numpy()
-
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values of the rows, one after the other, and the length of each."""
-        starts = self.offsets[rows].astype(np.int64)
-        lengths = self.offsets[rows + 1] - starts
-        ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        return self.values[positions], lengths
-
-
 class TokenStore:
     """Reads planned rows from the folder that `cache_shards` made."""
 
     def __init__(self, folder: Path, index: ShardIndex, pad_token_id: int) -> None:
         self._index = index
         self._pad_token_id = pad_token_id
-        self._files: dict[int, dict[str, _Ragged | np.ndarray]] = {}
+        self._files: dict[int, _File] = {}
         for path in sorted(folder.glob("*.arrow")):
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if reader.num_record_batches:
-                batch = reader.get_batch(0)
-                self._files[int(path.stem)] = {
-                    name: _Ragged(batch[name]) if name.endswith("tokens") else batch[name].to_numpy()
-                    for name in _CACHED
-                }
+                self._files[int(path.stem)] = _File(reader.get_batch(0))
 
     def read(self, rows: np.ndarray, rank: int, num_ranks: int, micro_batch_size: int) -> RankBatch:
         """The share of a global batch that `rank` works on.
@@ -147,24 +152,19 @@ class TokenStore:
             (self._files[int(files[start])], file_rows[start:stop])
             for start, stop in zip(edges[:-1], edges[1:], strict=True)
         ]
-        query, query_tokens = self._side(pieces, "query_tokens", micro_batch_size)
-        passage, passage_tokens = self._side(pieces, "passage_tokens", micro_batch_size)
+        query, query_tokens = self._side([(file.query_tokens, rows) for file, rows in pieces], micro_batch_size)
+        passage, passage_tokens = self._side([(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size)
         return RankBatch(
             query,
             passage,
-            _ids([columns["query_id"][rows] for columns, rows in pieces]),
-            _ids([columns["passage_id"][rows] for columns, rows in pieces]),
+            _ids([file.query_id[rows] for file, rows in pieces]),
+            _ids([file.passage_id[rows] for file, rows in pieces]),
             query_tokens + passage_tokens,
         )
 
-    def _side(
-        self, pieces: Sequence[tuple[dict[str, _Ragged | np.ndarray], np.ndarray]], name: str, size: int
-    ) -> tuple[Side, int]:
-        taken = []
-        for columns, rows in pieces:
-            column = columns[name]
-            assert isinstance(column, _Ragged)
-            taken.append(column.take(rows))
+    def _side(self, pieces: Sequence[tuple[_Ragged, np.ndarray]], size: int) -> tuple[Side, int]:
+        """Micro-batches of `size` rows, longest rows first, and the number of tokens."""
+        taken = [column.take(rows) for column, rows in pieces]
         values = np.concatenate([values for values, _ in taken])
         lengths = np.concatenate([lengths for _, lengths in taken])
         starts = np.cumsum(lengths) - lengths

@@ -70,9 +70,7 @@ class Engine:
         self._engine, _, _, self._scheduler = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            lr_scheduler=get_scheduler(
-                config.schedule, optimizer, int(config.warmup_fraction * num_steps), num_steps
-            ),
+            lr_scheduler=get_scheduler(config.schedule, optimizer, int(config.warmup_fraction * num_steps), num_steps),
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": rank_batch_size,

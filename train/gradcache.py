@@ -68,9 +68,7 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, temperature: float) 
 
 def global_loss(query: Tensor, passage: Tensor, batch: RankBatch, temperature: float) -> LossOutput:
     """InfoNCE of this rank's queries [b, D] against the passages of all ranks."""
-    passages, all_query_id, all_passage_id = (
-        gather(tensor) for tensor in (passage, batch.query_id, batch.passage_id)
-    )
+    passages, all_query_id, all_passage_id = (gather(tensor) for tensor in (passage, batch.query_id, batch.passage_id))
     first = len(query) * (dist.get_rank() if dist.is_initialized() else 0)
     positive = torch.arange(first, first + len(query), device=query.device)
     masked = false_negatives(batch.query_id, batch.passage_id, all_query_id, all_passage_id)

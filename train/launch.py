@@ -153,9 +153,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
         _finish(draft, shards, engine, tokenizer, plan, progress)
 
 
-def _finish(
-    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
-) -> None:
+def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress) -> None:
     """Write the exported model and the records of all steps, then the receipt that says so."""
     tokens = shards.config["shard"]
     prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
@@ -163,9 +161,7 @@ def _finish(
         folder = Path(scratch) / EXPORT
         export(engine.model, tokenizer, folder, prompts, _max_tokens(shards), _card(draft, shards, plan))
         parts: list[Part] = draft.write_folder(EXPORT, folder)
-    parts.append(
-        draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)])
-    )
+    parts.append(draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)]))
     stats = {
         "num_steps": progress.step,
         "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),

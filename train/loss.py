@@ -40,9 +40,7 @@ class LossOutput:
 MEASURES = ("loss", "accuracy", "positive_similarity", "negative_similarity", "hardness", "masked_fraction")
 
 
-def false_negatives(
-    query_id: Tensor, passage_id: Tensor, all_query_id: Tensor, all_passage_id: Tensor
-) -> Tensor:
+def false_negatives(query_id: Tensor, passage_id: Tensor, all_query_id: Tensor, all_passage_id: Tensor) -> Tensor:
     """Passages that must not count as negatives, bool [b, N]; a query's own positive is among them.
 
     A passage is one if it equals the query's positive, or is known positive for the query because another

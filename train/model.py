@@ -28,9 +28,7 @@ class ModelRef(Config):
         "installed Python package carries",
     )
     revision: str | None = Field(None, description="commit of a hub model; pin it to repeat a result")
-    sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="digest that model.safetensors must have"
-    )
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="digest that model.safetensors must have")
 
     _files: ClassVar[str] = "*.safetensors"
 
@@ -56,7 +54,9 @@ class ModelRef(Config):
             try:
                 folder = Path(
                     snapshot_download(
-                        self.name, revision=self.revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
+                        self.name,
+                        revision=self.revision,
+                        allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
                     )
                 )
             except (OSError, ValueError) as error:
@@ -169,7 +169,11 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
         if config.model is not None:
             architecture = AutoConfig.from_pretrained(config.model.folder(), trust_remote_code=False)
         else:
-            settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **(config.architecture or {})}
+            settings = {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                **(config.architecture or {}),
+            }
             architecture = AutoConfig.for_model(settings.pop("model_type", None), **settings)
     except (ValueError, TypeError, OSError) as error:
         raise StrataError(f"train.student: {error}") from error

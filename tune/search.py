@@ -22,7 +22,9 @@ class Outcome:
     error: str | None
 
 
-def search(trials: Sequence[Trial], metric: str, max_concurrent: int, storage_path: str, storage_fs: Any) -> list[Outcome]:
+def search(
+    trials: Sequence[Trial], metric: str, max_concurrent: int, storage_path: str, storage_fs: Any
+) -> list[Outcome]:
     """Run the trials and rank them, best first; failed ones last.
 
     Raises:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from clusterlib.artifact import Draft, Receipt, Root, Spec, lineage
 from clusterlib.errors import StrataError
 

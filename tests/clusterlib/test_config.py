@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
+
 from clusterlib.config import Config, fingerprint, override, parse_overrides, read_yaml, runtime, validate
 from clusterlib.errors import StrataError
-from pydantic import Field
 
 
 class Inner(Config):

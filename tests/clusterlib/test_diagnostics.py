@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from clusterlib.diagnostics import imbalance, top_terms
 
 

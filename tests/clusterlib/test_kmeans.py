@@ -2,6 +2,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from clusterlib import kmeans
 from clusterlib.errors import StrataError
 from clusterlib.tables import fixed_size_list

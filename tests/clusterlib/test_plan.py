@@ -3,12 +3,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan, permute
 from clusterlib.shards import Run, ShardIndex, index_table
 from clusterlib.tree import build
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def make_index(sizes):

@@ -1,5 +1,6 @@
 import numpy as np
 import pyarrow as pa
+
 from clusterlib import shards
 from clusterlib.shards import ShardIndex, group, index_table
 from clusterlib.tree import build
@@ -24,7 +25,7 @@ def make_index(table, block_rows, num_leaves=5):
         runs_by_file.append(runs)
     tree, _ = build(np.random.default_rng(0).standard_normal((num_leaves, 3)), np.ones(num_leaves))
     sources = sorted(set(table["source"].to_pylist()))
-    return ShardIndex(index_table(runs_by_file), {source: tree for source in sources}), contents
+    return ShardIndex(index_table(runs_by_file), dict.fromkeys(sources, tree)), contents
 
 
 def test_group_sorts_by_leaf_keeps_every_row_and_its_order(monkeypatch):
@@ -63,7 +64,13 @@ def test_leaf_order_does_not_depend_on_blocks():
         files, rows = index.locate(np.arange(500))
         orders.append([int(contents[file][row]) for file, row in zip(files, rows, strict=True)])
     assert orders[0] == orders[1] == orders[2]
-    keys = dict(zip(table["pair_id"].to_pylist(), zip(table["source"].to_pylist(), table["leaf"].to_pylist(), strict=True), strict=True))
+    keys = dict(
+        zip(
+            table["pair_id"].to_pylist(),
+            zip(table["source"].to_pylist(), table["leaf"].to_pylist(), strict=True),
+            strict=True,
+        )
+    )
     assert [keys[pair] for pair in orders[0]] == sorted(keys.values())
 
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from clusterlib.tree import Tree, build, from_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import cut_tree, ward
+
+from clusterlib.tree import Tree, build, from_table
 
 
 def partition(labels):
@@ -12,9 +13,7 @@ def partition(labels):
 
 def cut_partition(tree, order, k):
     """The clusters of a cut as sets of the leaves' old numbers."""
-    return {
-        frozenset(order[node.first_leaf : node.first_leaf + node.num_leaves].tolist()) for node in tree.cut(k)
-    }
+    return {frozenset(order[node.first_leaf : node.first_leaf + node.num_leaves].tolist()) for node in tree.cut(k)}
 
 
 def greedy_ward(means, sizes):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+
 from clusterlib.artifact import Root
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.embed import EmbedConfig, embed

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+
 from clusterlib.artifact import Root
 from pipelines.cli import main
 
@@ -86,15 +87,31 @@ def test_a_root_that_cannot_be_written_is_refused(recipe, tmp_path):
 def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(recipe, ray_running, tmp_path):
     for stage in ("ingest", "embed"):
         assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
-    refused(strata("cluster", recipe, "cluster.num_leaves=500", "--root", tmp_path), "num_leaves=500", "160 pairs", "at most 16")
+    refused(
+        strata("cluster", recipe, "cluster.num_leaves=500", "--root", tmp_path),
+        "num_leaves=500",
+        "160 pairs",
+        "at most 16",
+    )
     assert kinds(tmp_path) == {"pairs", "embeddings"}
     for stage in ("cluster", "shard"):
         assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
     big = ("arms={}", "batching.global_batch_size=256")
-    refused(strata("train", recipe, *big, "batching.leftover=drop", "--root", tmp_path), "no stratum fills a batch", "256")
-    refused(strata("train", recipe, "arms={}", "batching.k=5", "--root", tmp_path), "batching.k=5 is larger than the 4 leaves")
-    refused(strata("train", recipe, "arms={}", "batching.global_batch_size=15", "--root", tmp_path), "does not divide by train.num_workers=2")
-    refused(strata("train", recipe, "train.student.architecture.max_position_embeddings=8", "--root", tmp_path), "at most 8 tokens")
+    refused(
+        strata("train", recipe, *big, "batching.leftover=drop", "--root", tmp_path), "no stratum fills a batch", "256"
+    )
+    refused(
+        strata("train", recipe, "arms={}", "batching.k=5", "--root", tmp_path),
+        "batching.k=5 is larger than the 4 leaves",
+    )
+    refused(
+        strata("train", recipe, "arms={}", "batching.global_batch_size=15", "--root", tmp_path),
+        "does not divide by train.num_workers=2",
+    )
+    refused(
+        strata("train", recipe, "train.student.architecture.max_position_embeddings=8", "--root", tmp_path),
+        "at most 8 tokens",
+    )
     assert kinds(tmp_path) == {"pairs", "embeddings", "centroids", "shards"}
 
 

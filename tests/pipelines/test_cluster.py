@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from clusterlib import kmeans
 from clusterlib.errors import StrataError
 from clusterlib.tables import vectors
@@ -69,5 +70,7 @@ def test_both_sides_cluster_in_twice_the_width(chain):
 
 
 def test_more_leaves_than_any_source_can_fill_are_refused(chain):
-    with pytest.raises(StrataError, match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and fits 8"):
+    with pytest.raises(
+        StrataError, match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and fits 8"
+    ):
         cluster(chain.configs.cluster.replace(num_leaves=9), chain.embeddings, chain.root)

@@ -1,4 +1,5 @@
 import pytest
+
 from clusterlib.errors import StrataError
 from pipelines.docstrings import (
     clean_docstring,
@@ -9,7 +10,7 @@ from pipelines.docstrings import (
     split_docstring,
 )
 
-NUMPYDOC = '''
+NUMPYDOC = """
     solve(a, b)
 
     Solve a linear matrix equation, or system of
@@ -48,7 +49,7 @@ NUMPYDOC = '''
     References
     ----------
     .. [1] G. Strang, Linear Algebra.
-'''
+"""
 
 GOOGLE = """Fit the model.
 
@@ -109,7 +110,12 @@ def test_packages_are_read_without_being_imported(tmp_path, monkeypatch):
     (tmp_path / "fakepkg-1.2.dist-info" / "RECORD").write_text("fakepkg/__init__.py,,\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert package_version("fakepkg") == "fakepkg 1.2"
-    assert [module for module, _ in module_files("fakepkg")] == ["fakepkg", "fakepkg.alpha", "fakepkg.beta", "fakepkg.broken"]
+    assert [module for module, _ in module_files("fakepkg")] == [
+        "fakepkg",
+        "fakepkg.alpha",
+        "fakepkg.beta",
+        "fakepkg.broken",
+    ]
     found = [item.module for split in ("train", "test") for item in read_docstrings("fakepkg", split)]
     assert sorted(found) == ["fakepkg", "fakepkg.alpha", "fakepkg.beta"]
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from clusterlib.errors import StrataError
 from clusterlib.tables import vectors
 from pipelines.embed import EmbedConfig, Teacher, _batches, check_vectors, embed
@@ -46,7 +47,9 @@ def test_each_distinct_text_is_encoded_once(teacher_folder, monkeypatch):
     teacher = Teacher(EmbedConfig(teacher=ModelRef(name=str(teacher_folder))))
     seen = []
     forward = teacher.model.forward
-    monkeypatch.setattr(teacher.model, "forward", lambda features: seen.append(len(features["input_ids"])) or forward(features))
+    monkeypatch.setattr(
+        teacher.model, "forward", lambda features: seen.append(len(features["input_ids"])) or forward(features)
+    )
     found = teacher.encode(["a rose", "a wave", "a rose", "a rose"], "query")
     assert sum(seen) == 2
     np.testing.assert_array_equal(found[0], found[2])

@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from clusterlib.artifact import Root
 from pipelines.evaluate import EvaluateConfig, _local_task, evaluate
 from pipelines.sources import RetrievalTestConfig, read_test
@@ -15,7 +16,9 @@ def trec_ndcg(run, judgements, depth=10):
     for query, relevant in judgements.items():
         ranked = sorted(run[query].items(), key=lambda item: (-item[1], item[0]))[:depth]
         gain = sum(relevant.get(passage, 0) / math.log2(rank + 2) for rank, (passage, _) in enumerate(ranked))
-        ideal = sum(value / math.log2(rank + 2) for rank, value in enumerate(sorted(relevant.values(), reverse=True)[:depth]))
+        ideal = sum(
+            value / math.log2(rank + 2) for rank, value in enumerate(sorted(relevant.values(), reverse=True)[:depth])
+        )
         values.append(gain / ideal)
     return sum(values) / len(values)
 
@@ -43,7 +46,9 @@ def test_scores_equal_a_second_implementation_on_the_same_run(ray_running, confi
         query: 1 + sum(value > run[query][next(iter(relevant))] for value in run[query].values())
         for query, relevant in test.judgements.items()
     }
-    assert scores["local", "mrr_at_10"] == pytest.approx(sum(1 / r for r in ranks.values() if r <= 10) / len(ranks), abs=1e-4)
+    assert scores["local", "mrr_at_10"] == pytest.approx(
+        sum(1 / r for r in ranks.values() if r <= 10) / len(ranks), abs=1e-4
+    )
     assert scores["local", "recall_at_100"] == 1.0  # 24 passages in all
     assert scores["mean", "ndcg_at_10"] == scores["local", "ndcg_at_10"]
 
@@ -61,7 +66,9 @@ def test_mteb_runs_a_local_test_with_graded_judgements(tmp_path):
 
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{n}", "text": f"d{n}"}) + "\n" for n in range(5)))
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{n}", "text": f"d{n}"}) + "\n" for n in range(5))
+    )
     (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "q"}) + "\n")
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td4\t2\nq\td2\t1\n")
     test = read_test(RetrievalTestConfig(name="hand", format="beir", path=str(folder)), ".")

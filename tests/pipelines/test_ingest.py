@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from clusterlib.artifact import Root
 from clusterlib.errors import StrataError
 from pipelines.ingest import IngestConfig, ingest
@@ -33,7 +34,9 @@ def test_rows_in_are_rows_out_and_rejects_with_reasons(ray_running, tmp_path):
 
 def test_passages_of_a_retrieval_test_never_get_in(ray_running, tmp_path, beir_folder, pairs_file):
     corpus = [json.loads(line)["text"] for line in (beir_folder / "corpus.jsonl").read_text().splitlines()]
-    write(tmp_path / "a.jsonl", [{"query": "q", "passage": f"  {corpus[3].upper()} "}, {"query": "q", "passage": "free"}])
+    write(
+        tmp_path / "a.jsonl", [{"query": "q", "passage": f"  {corpus[3].upper()} "}, {"query": "q", "passage": "free"}]
+    )
     test = RetrievalTestConfig(name="t", format="beir", path=str(beir_folder))
     pairs = ingest(config(tmp_path / "a.jsonl"), [test], ".", Root(str(tmp_path / "root")))
     assert pairs.read()["passage"].to_pylist() == ["free"]
@@ -45,7 +48,9 @@ def test_a_fraction_keeps_the_same_pairs_however_files_are_cut(ray_running, tmp_
     write(tmp_path / "a.jsonl", lines[:100])
     write(tmp_path / "b.jsonl", lines[100:])
     whole = ingest(config(pairs_file, fraction=0.4), [], ".", Root(str(tmp_path / "root")))
-    parts = ingest(config(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fraction=0.4), [], ".", Root(str(tmp_path / "root")))
+    parts = ingest(
+        config(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fraction=0.4), [], ".", Root(str(tmp_path / "root"))
+    )
     assert whole.read().equals(parts.read())
     assert 40 < whole.num_rows < 90
     assert whole.manifest["rejects"] == {"not in the fraction to keep": 160 - whole.num_rows}

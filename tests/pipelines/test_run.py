@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+
 from clusterlib.artifact import Root
 from pipelines.cli import main
 from pipelines.run import load_recipe

@@ -1,4 +1,5 @@
 import numpy as np
+
 from clusterlib.tables import vectors
 from clusterlib.tree import from_table
 from pipelines.shard import leaf_centroids
@@ -7,7 +8,10 @@ from train.data import load_tokenizer, shard_index
 
 def test_every_pair_is_in_one_shard_with_its_ids(chain):
     names = ["pair_id", "source", "query_id", "passage_id"]
-    shards, pairs = (sorted(map(tuple, (row.values() for row in item.read(columns=names).to_pylist()))) for item in (chain.shards, chain.pairs))
+    shards, pairs = (
+        sorted(map(tuple, (row.values() for row in item.read(columns=names).to_pylist())))
+        for item in (chain.shards, chain.pairs)
+    )
     assert shards == pairs
 
 
@@ -51,6 +55,8 @@ def test_index_and_tree_are_all_a_plan_needs(chain):
     assert index.num_rows == chain.shards.num_rows
     assert set(index.trees) == set(from_table(chain.centroids.read()))
     files, rows = index.locate(np.arange(index.num_rows))
-    pieces = [chain.shards.open_parquet(part).read(columns=["source", "leaf"]).to_pylist() for part in chain.shards.parts()]
+    pieces = [
+        chain.shards.open_parquet(part).read(columns=["source", "leaf"]).to_pylist() for part in chain.shards.parts()
+    ]
     keys = [(pieces[file][row]["source"], pieces[file][row]["leaf"]) for file, row in zip(files, rows, strict=True)]
     assert keys == sorted(keys)

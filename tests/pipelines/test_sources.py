@@ -4,6 +4,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from clusterlib.errors import StrataError
 from pipelines.sources import (
     Columns,
@@ -38,7 +39,14 @@ COLUMNS = Columns(query="title", passage="abstract", topic="label")
 
 @pytest.fixture
 def table():
-    return pa.table({"abstract": [p for _, p, _ in ROWS], "title": [q for q, _, _ in ROWS], "label": [t for *_, t in ROWS], "x": [1, 2, 3]})
+    return pa.table(
+        {
+            "abstract": [p for _, p, _ in ROWS],
+            "title": [q for q, _, _ in ROWS],
+            "label": [t for *_, t in ROWS],
+            "x": [1, 2, 3],
+        }
+    )
 
 
 def test_parquet_files_folders_and_globs_with_mapped_columns(tmp_path, table):
@@ -52,7 +60,10 @@ def test_parquet_files_folders_and_globs_with_mapped_columns(tmp_path, table):
 
 def test_a_wrong_column_is_told_with_those_there_are(tmp_path, table):
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(StrataError, match=r"a\.parquet: no column 'query' for columns\.query; the columns are abstract, title, label, x"):
+    with pytest.raises(
+        StrataError,
+        match=r"a\.parquet: no column 'query' for columns\.query; the columns are abstract, title, label, x",
+    ):
         rows_of(config("a.parquet", format="parquet"), tmp_path)
 
 
@@ -129,7 +140,9 @@ def test_beir_folders(tmp_path, layout):
         pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "corpus.parquet")
         pq.write_table(pa.Table.from_pylist(queries), tmp_path / "queries.parquet")
         names = ("query-id", "corpus-id", "score")
-        pq.write_table(pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]), tmp_path / "qrels.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]), tmp_path / "qrels.parquet"
+        )
     good, bad = rows_of(config(".", format="beir"), tmp_path)
     assert good == [("q x", "T body", None), ("q x", "other", None)]
     assert [reason for _, reason in bad] == ["judged not relevant"]

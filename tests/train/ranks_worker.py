@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from clusterlib.artifact import Root
 from clusterlib.plan import BatchingConfig, Plan
 from train import checkpoint

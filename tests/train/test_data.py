@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 
 
@@ -27,7 +28,13 @@ def test_planned_rows_are_read_whole(opened):
     rows = np.array([5, 239, 0, 77, 78, 120])
     batch = store.read(rows, 0, 1, 4)
     found = sorted(
-        zip(batch.query_id.tolist(), batch.passage_id.tolist(), rows_of(batch.query), rows_of(batch.passage), strict=True)
+        zip(
+            batch.query_id.tolist(),
+            batch.passage_id.tolist(),
+            rows_of(batch.query),
+            rows_of(batch.passage),
+            strict=True,
+        )
     )
     wanted = expected.take(rows)
     assert found == sorted(
@@ -74,7 +81,7 @@ def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr("train.data.os.replace", fail)
+    monkeypatch.setattr("train.data.Path.rename", fail)
     with pytest.raises(RuntimeError, match="killed"):
         cache_shards(artifact, tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []

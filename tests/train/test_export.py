@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from train.export import export
 from train.model import StudentConfig, TokenizerRef, build_student
 
@@ -16,7 +17,9 @@ def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, a
 
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
     student = build_student(StudentConfig(architecture=architecture, pooling=pooling), tokenizer, 24, seed=0).eval()
-    encoded = tokenizer([PROMPTS["query"] + text for text in TEXTS], truncation=True, max_length=24, padding=True, return_tensors="pt")
+    encoded = tokenizer(
+        [PROMPTS["query"] + text for text in TEXTS], truncation=True, max_length=24, padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         expected = student(encoded["input_ids"], encoded["attention_mask"]).numpy()
 
@@ -31,9 +34,7 @@ def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, a
     assert loaded.prompts == PROMPTS and loaded.max_seq_length == 24
 
     plain = AutoModel.from_pretrained(tmp_path / "model").eval()
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")(
-        [PROMPTS["query"] + TEXTS[0]], return_tensors="pt"
-    )
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")([PROMPTS["query"] + TEXTS[0]], return_tensors="pt")
     with torch.no_grad():
         states = plain(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
     pooled = states[:, 0] if pooling == "cls" else states.mean(dim=1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from clusterlib.plan import BatchingConfig, Plan
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.gradcache import accumulate_gradient
@@ -31,7 +32,9 @@ def setting(shards, tmp_path, architecture):
     store = TokenStore(cache_shards(artifact, tmp_path / "cache"), index, tokenizer.pad_token_id)
 
     def gradient(micro_batch_size, dropout):
-        student = StudentConfig(architecture={**architecture, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout})
+        student = StudentConfig(
+            architecture={**architecture, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        )
         learner = PlainLearner(build_student(student, tokenizer, 64, seed=1))
         torch.manual_seed(5)
         batch = store.read(plan.batch(0, 1).rows, 0, 1, micro_batch_size)
@@ -65,7 +68,9 @@ def test_cached_gradient_is_that_of_its_own_dropout(setting):
         weight.data -= sign * 1e-2 * direction
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=0.05)
     torch.manual_seed(5)
-    assert float(accumulate_gradient(_Forward(learner.model), batch, 0.05)[0]) == pytest.approx(float(measures[0]), rel=1e-6)
+    assert float(accumulate_gradient(_Forward(learner.model), batch, 0.05)[0]) == pytest.approx(
+        float(measures[0]), rel=1e-6
+    )
 
 
 class _Forward(PlainLearner):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from train.loss import MEASURES, false_negatives, info_nce
 
 

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+
 from clusterlib.config import fingerprint
 from clusterlib.errors import StrataError
 from train.model import Encoder, ModelRef, StudentConfig, TokenizerRef, build_student, student_architecture

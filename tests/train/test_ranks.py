@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from clusterlib.plan import BatchingConfig, Plan
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.model import StudentConfig, build_student
