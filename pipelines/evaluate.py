@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,14 +99,16 @@ def _score(
     with tempfile.TemporaryDirectory() as scratch:
         encoder = _load(model, Path(scratch))
         wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
-        result = mteb.evaluate(
-            encoder,
-            wanted,
-            cache=None,
-            co2_tracker=False,
-            show_progress_bar=False,
-            encode_kwargs={"batch_size": 64, "show_progress_bar": False},
-        )
+        # BM25's library draws progress bars that no setting turns off.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+            result = mteb.evaluate(
+                encoder,
+                wanted,
+                cache=None,
+                co2_tracker=False,
+                show_progress_bar=False,
+                encode_kwargs={"batch_size": 64, "show_progress_bar": False},
+            )
     rows, parts = [], []
     step = int(model.stats["num_steps"]) if isinstance(model, Artifact) else 0
     for task in result.task_results:

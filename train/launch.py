@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -112,6 +113,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
     batching: BatchingConfig = settings["batching"]
     shards: Artifact = settings["shards"]
     draft: Draft = settings["draft"]
+    # Ray Train and DeepSpeed log their inner life; rank 0 says below what matters.
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
     context = ray.train.get_context()
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
