@@ -32,13 +32,8 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:  # noqa: BLE001 - Ray wraps what a task raised; find our own message in it
-            found = _strata_error(error)
-            if found is None:
-                raise
-            click.echo(f"strata: {found}", err=True)
+        except StrataError as error:
+            click.echo(f"strata: {error}", err=True)
             ctx.exit(1)
 
 
@@ -69,19 +64,6 @@ def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], cli
     return decorate
 
 
-def _strata_error(error: BaseException) -> StrataError | None:
-    """The StrataError that another exception was raised from or wraps, if any."""
-    seen: list[Any] = [error]
-    for current in seen:
-        if isinstance(current, StrataError):
-            cause = getattr(current, "cause", None)  # Ray's copy carries the task's traceback in its text
-            return cause if isinstance(cause, StrataError) else current
-        linked = [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        linked += list(getattr(current, "worker_failures", {}).values())
-        seen += [item for item in linked if isinstance(item, BaseException) and item not in seen]
-    return None
-
-
 def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
     os.environ.update({**ENVIRONMENT, **os.environ})
     from clusterlib.config import parse_overrides
@@ -100,6 +82,7 @@ def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> 
     if dry_run:
         _dry_run(run)
         return None
+    run.specs()  # inputs and models that are not there show now, not after hours
     run.root.check_writable()
     return run
 
@@ -207,7 +190,12 @@ def _dry_run(run: Run) -> None:
     import yaml
 
     click.echo(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    for owner, spec in run.specs():
+    try:
+        specs = run.specs()
+    except StrataError as error:
+        click.echo(f"What would run cannot be told yet: {error}")
+        return
+    for owner, spec in specs:
         state = "done" if run.root.find(spec) else "to make"
         click.echo(f"{state:<8} {spec.name:<32} {owner}".rstrip())
 

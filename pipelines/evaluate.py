@@ -16,6 +16,7 @@ from pydantic import Field
 
 from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
 from clusterlib.config import Config, runtime
+from clusterlib.errors import StrataError
 from clusterlib.tables import SCORES
 from pipelines.sources import RetrievalTest, RetrievalTestConfig, origin, read_test
 from train.launch import EXPORT
@@ -85,7 +86,12 @@ def evaluate(
         task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(_score)
         pending[run] = task.remote(Draft(root, spec), run, model, tests, config.tasks)
     for run, reference in pending.items():
-        made[run] = ray.get(reference)
+        try:
+            made[run] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StrataError):
+                raise error.cause from None
+            raise
         print(f"evaluate: {run} done")
     return {run: made[run] for run in models}
 

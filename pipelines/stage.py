@@ -105,6 +105,8 @@ def run_tasks(
             num_gpus=workers.num_gpus,
         )
         for row in made.iter_rows():
+            if row["error"]:
+                raise StrataError(row["error"])
             progress.advance(row["num_rows"])
     progress.close()
     receipts = [draft.receipt(task.id) for task in tasks]
@@ -134,9 +136,12 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         task = self._tasks[int(batch["task"][0])]
-        receipt = self._work(task.work)
+        try:
+            receipt = self._work(task.work)
+        except StrataError as error:  # told to the driver as data: Ray would bury it in tracebacks
+            return {"num_rows": [0], "error": [str(error)]}
         self._draft.commit(task.id, receipt)
-        return {"num_rows": [receipt.num_rows_in]}
+        return {"num_rows": [receipt.num_rows_in], "error": [""]}
 
 
 class ProgressLine:

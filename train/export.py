@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.model import Encoder
+from train.model import Encoder, drop_pooler
 
 
 def export(
@@ -33,6 +33,7 @@ def export(
         model.backbone.to(device="cpu", dtype=torch.float32).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         transformer = Transformer(scratch, max_seq_length=max_tokens)
+        drop_pooler(transformer.auto_model)  # loading made one up again, from random numbers
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=model.pooling)
         student = SentenceTransformer(
             modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device="cpu"

@@ -140,9 +140,7 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: Any, pooling: Literal["cls", "mean"]) -> None:
         super().__init__()
-        # A pooler would hold weights that no gradient reaches.
-        if getattr(backbone, "pooler", None) is not None:
-            backbone.pooler = None
+        drop_pooler(backbone)
         self.backbone = backbone
         self.pooling = pooling
 
@@ -155,6 +153,12 @@ class Encoder(nn.Module):
             weights = attention_mask.unsqueeze(-1).float()
             pooled = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
         return F.normalize(pooled, dim=-1)
+
+
+def drop_pooler(backbone: Any) -> None:
+    """Take out BERT's pooler, whose weights no gradient reaches and no embedding uses."""
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
 
 
 def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int) -> Any:

@@ -1,7 +1,6 @@
 """Bad input ends in one clear message and status 1, and nothing half-written is taken for complete."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -69,10 +68,11 @@ def test_a_truncated_file_is_named(recipe, ray_running, tmp_path):
     assert kinds(tmp_path / "root") == set()
 
 
-def test_a_model_without_weights_is_refused(recipe, ray_running, tmp_path, tokenizer_folder, chain):
-    shutil.copytree(chain.root.path, tmp_path / "root")
-    result = strata("embed", recipe, f"embed.teacher.name={tokenizer_folder}", "--root", tmp_path / "root")
-    refused(result, "not a complete model folder")
+def test_a_model_without_weights_is_refused_before_any_work(recipe, tmp_path, tokenizer_folder):
+    for setting in ("embed.teacher.name", "evaluate.references.teacher.name"):
+        result = strata("run", recipe, f"{setting}={tokenizer_folder}", "--root", tmp_path / "root")
+        refused(result, f"{tokenizer_folder}: no *.safetensors in it; it is not a complete model folder")
+    assert kinds(tmp_path / "root") == set()
 
 
 def test_a_stage_without_its_input_says_what_to_run(recipe, ray_running, tmp_path):
@@ -127,6 +127,7 @@ def test_the_papers_recipe_resolves_without_network_or_data(tmp_path):
     started = time.monotonic()
     result = strata("run", "msmarco", "--dry-run", "--root", tmp_path)
     assert result.exit_code == 0, result.output
+    assert "msmarco: holds no collection.tsv" in result.output
     for part in ("snowflake-arctic-embed-m", "bert-base-uncased", "global_batch_size: 4096", "temperature: 0.02"):
         assert part in result.output
     assert time.monotonic() - started < 60

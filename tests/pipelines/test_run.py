@@ -24,7 +24,7 @@ def finished(recipe, ray_running, tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
     assert result.exit_code == 0, result.output
-    return Root(str(root)), result.output
+    return Root(str(root)), result.stdout
 
 
 def digests(root):
@@ -55,7 +55,9 @@ def test_the_same_command_again_does_nothing(finished, recipe):
     result = CliRunner().invoke(main, ["run", str(recipe), "--root", root.uri])
     assert result.exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()} == before
-    assert result.output.splitlines()[-1] == output.splitlines()[-1]
+    assert [line for line in result.stdout.splitlines() if line.startswith("report")] == [
+        line for line in output.splitlines() if line.startswith("report")
+    ]
 
 
 def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
@@ -77,7 +79,7 @@ def test_the_student_learns(finished):
         assert losses[-3:].mean() < losses[:3].mean()
 
 
-def test_the_export_gives_the_vectors_of_the_last_checkpoint(finished, tokenizer_folder):
+def test_the_export_loads_with_norm_length_and_card(finished):
     """The exported folder loads in sentence-transformers with pooling, norm and length."""
     from sentence_transformers import SentenceTransformer
 
@@ -110,7 +112,7 @@ def test_the_report_is_one_file_that_says_what_ran(finished):
     for artifact in root.artifacts():
         if artifact.kind != "report":
             assert artifact.name in html
-    for word in ("rose", "piston", "cluster − random", "In-batch accuracy", "usable pairs", "max_workers"):
+    for word in ("what about", "cluster − random", "In-batch accuracy", "usable pairs", "max_workers"):
         assert word in html, word
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from train.export import export
 from train.model import StudentConfig, TokenizerRef, build_student
@@ -27,6 +28,8 @@ def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, a
     names = {path.name for path in (tmp_path / "model").rglob("*")}
     assert {"modules.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(stored) == set(student.backbone.state_dict())  # no weight that was not trained
     assert (tmp_path / "model" / "README.md").read_text() == "# card\n"
 
     loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
