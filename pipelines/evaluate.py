@@ -83,7 +83,10 @@ def evaluate(
             continue
         if tests is None:
             tests = ray.put([read_test(test, folder) for test in config.tests])
-        task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)(_score)
+        # By default a task would be held inside the small placement group of the trial that calls it.
+        task = ray.remote(
+            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, scheduling_strategy="DEFAULT"
+        )(_score)
         pending[run] = task.remote(Draft(root, spec), run, model, tests, config.tasks)
     for run, reference in pending.items():
         try:

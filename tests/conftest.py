@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        # Jobs run the first `python` there is.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 )
 
@@ -208,12 +211,12 @@ def ray_running():
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
-        ray.init(
+        context = ray.init(
             num_cpus=3,
             include_dashboard=True,
             logging_level="ERROR",
             object_store_memory=200 * 2**20,
             _temp_dir=str(Path(folder)),
         )
-        yield
+        yield context
         ray.shutdown()

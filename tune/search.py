@@ -52,7 +52,7 @@ def search(
                 trials[result.config["trial"]].name,
                 metrics.get(metric),
                 metrics.get("time_total_s", 0.0),
-                str(result.error) if result.error else None,
+                str(result.error).strip().splitlines()[-1] if result.error else None,
             )
         )
     if all(outcome.error for outcome in outcomes):

@@ -124,6 +124,21 @@ def test_arms_share_what_they_can(recipe):
 
 
 @pytest.mark.timeout(600)
+def test_tune_tries_every_k_on_the_same_shards(finished, recipe):
+    root, _ = finished
+    words = ["tune", str(recipe), "tune.space={batching.k: [1, 2, 4]}", "train.steps=3", "--root", root.uri]
+    before = {artifact.name for artifact in root.artifacts()}
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    made = [artifact.kind for artifact in root.artifacts() if artifact.name not in before]
+    assert sorted(made) == ["model"] * 3 + ["scores"] * 3
+    rows = [line.split() for line in result.stdout.splitlines() if "batching.k=" in line and "done" not in line]
+    values = [float(row[0]) for row in rows]
+    assert sorted(row[2] for row in rows) == ["batching.k=1", "batching.k=2", "batching.k=4"]
+    assert values == sorted(values, reverse=True) and all(0 <= value <= 1 for value in values)
+
+
+@pytest.mark.timeout(600)
 def test_killed_midway_it_ends_the_same(finished, recipe, tmp_path):
     """kill -9 of the driver while embedding and while training; then the command again."""
     undisturbed, _ = finished
