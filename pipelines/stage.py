@@ -41,7 +41,8 @@ def ray_session(address: str | None) -> Iterator[None]:
         num_cpus = (os.cpu_count() or 1) + 1
         # Without the dashboard Ray Train cannot clean up after a trial that was stopped: it keeps its
         # placement group and the next one hangs (seen with ray 2.60). It listens on loopback only.
-        ray.init(num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR)
+        # "local", or Ray would look for a cluster that someone else started here.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR)
     else:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env=_runtime_env())
     try:

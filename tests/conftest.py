@@ -212,6 +212,7 @@ def ray_running():
 
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         context = ray.init(
+            address="local",
             num_cpus=3,
             include_dashboard=True,
             logging_level="ERROR",
