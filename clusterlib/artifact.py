@@ -93,6 +93,27 @@ class Receipt:
         return Receipt(**{**data, "parts": [Part(**part) for part in data["parts"]]})
 
 
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or URI, and the path on it.
+
+    Raises:
+        StrataError: neither pyarrow nor fsspec knows the scheme.
+    """
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        import fsspec
+
+        try:
+            inner, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise StrataError(f"{uri}: no file system for it: {error}") from error
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
+    return filesystem, path
+
+
 @dataclass(frozen=True)
 class Root:
     """The workspace: a local folder or any URI that pyarrow.fs or fsspec opens."""
@@ -101,15 +122,7 @@ class Root:
 
     @functools.cached_property
     def _resolved(self) -> tuple[pafs.FileSystem, str]:
-        if "://" not in self.uri:
-            return pafs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
-        try:
-            return pafs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(self.uri)
-            return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+        return resolve(self.uri)
 
     @property
     def fs(self) -> pafs.FileSystem:

@@ -15,7 +15,8 @@ class PlanSummary:
     """What an epoch of a plan visits.
 
     Attributes:
-        num_strata, num_batches: counts.
+        num_strata: strata that batches are drawn from.
+        num_batches: batches of an epoch.
         coverage_fraction: rows visited, of all rows.
         pure_fraction: batches whose rows are of one stratum, of all batches.
     """

@@ -154,7 +154,7 @@ def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tup
     """Rows as read, split into usable pairs and rejects with reasons.
 
     Args:
-        raw: columns row (int64, the row's number in its file), query, passage and topic, of any type.
+        raw: columns row (int64, the row's number in its file), topic (string), query and passage (any type).
         max_chars: a longer query or passage is refused: it is no text, or needs splitting first.
 
     Returns:
@@ -181,7 +181,7 @@ def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tup
     keep = pa.array([reason is None for reason in reasons])
     query, passage = (columns[name].filter(keep) for name in ("query", "passage"))
     query_id, passage_id = text_ids(query), text_ids(passage)
-    topic = raw["topic"].cast(pa.string()).combine_chunks().filter(keep)
+    topic = raw["topic"].combine_chunks().filter(keep)
     sources = [source] * len(query)
     pairs = pa.Table.from_arrays(
         [

@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
+from clusterlib.artifact import resolve
 from clusterlib.config import Config
 from clusterlib.errors import StrataError
 from clusterlib.tables import text_ids
@@ -92,16 +93,17 @@ class Location:
 
     def __init__(self, path: str, folder: str = ".") -> None:
         if "://" not in path and not Path(path).expanduser().is_absolute():
-            path = f"{folder.rstrip('/')}/{path}"
-        if "://" in path:
-            self.fs, self.path = pafs.FileSystem.from_uri(path)
-        else:
-            self.fs, self.path = pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+            path = f"{folder}{path}" if folder.endswith("/") else f"{folder}/{path}"
+        self.fs, self.path = resolve(path)
+
+    def at(self, path: str) -> Location:
+        """Another path on the same file system."""
+        other = object.__new__(Location)
+        other.fs, other.path = self.fs, path
+        return other
 
     def __truediv__(self, name: str) -> Location:
-        inside = object.__new__(Location)
-        inside.fs, inside.path = self.fs, f"{self.path}/{name}"
-        return inside
+        return self.at(f"{self.path}/{name}")
 
     def exists(self) -> bool:
         return bool(self.fs.get_file_info(self.path).type == pafs.FileType.File)
@@ -207,7 +209,7 @@ def origin(config: InputConfig | RetrievalTestConfig, folder: str) -> Any:
         files = [location.fs.get_file_info(file.path) for file in _beir_files(location, config.split)]
     else:
         assert isinstance(config, InputConfig)
-        files = [location.fs.get_file_info(split.file) for split in splits(config, folder)]
+        files = location.fs.get_file_info([split.file for split in splits(config, folder)])
     return [[info.base_name, info.size, info.mtime_ns] for info in files]
 
 
@@ -220,9 +222,9 @@ def read(split: Split, folder: str) -> Batches:
     config = split.input
     match config.format:
         case "parquet":
-            return _read_parquet(split)
+            return _read_parquet(split, Location(config.path, folder).at(split.file))
         case "jsonl":
-            return _read_jsonl(split)
+            return _read_jsonl(split, Location(config.path, folder).at(split.file))
         case "tsv":
             collection, queries, judgements = _marco_files(Location(config.path, folder), config.split)
             return _join(_tsv_texts(collection), _tsv_texts(queries), _tsv_judgements(judgements, header=False))
@@ -237,7 +239,15 @@ def read(split: Split, folder: str) -> Batches:
 
 def _select(table: pa.Table, columns: Columns, first_row: int) -> pa.Table:
     """The mapped columns under their own names, with row numbers from `first_row`."""
-    topic = table[columns.topic] if columns.topic else pa.nulls(table.num_rows, pa.string())
+    topic = pa.nulls(table.num_rows, pa.string())
+    if columns.topic:
+        try:
+            topic = table[columns.topic].cast(pa.string())
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+            kind = table.schema.field(columns.topic).type
+            raise StrataError(
+                f"columns.topic: {columns.topic!r} is {kind}, not a label; name another"
+            ) from error
     rows = pa.array(np.arange(first_row, first_row + table.num_rows))
     return pa.table({"row": rows, "query": table[columns.query], "passage": table[columns.passage], "topic": topic})
 
@@ -249,9 +259,8 @@ def _check_columns(columns: Columns, present: list[str], file: str) -> None:
             raise StrataError(f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(present)}")
 
 
-def _read_parquet(split: Split) -> Batches:
+def _read_parquet(split: Split, location: Location) -> Batches:
     columns = split.input.columns
-    location = Location(split.file)
     try:
         file = pq.ParquetFile(location.path, filesystem=location.fs)
         _check_columns(columns, file.schema_arrow.names, split.file)
@@ -264,11 +273,11 @@ def _read_parquet(split: Split) -> Batches:
         raise StrataError(f"{split.file}: not a whole Parquet file ({error}); fetch it again") from error
 
 
-def _read_jsonl(split: Split) -> Batches:
+def _read_jsonl(split: Split, location: Location) -> Batches:
     columns = split.input.columns
     rows = Rows()
     checked = False
-    for number, line in Location(split.file).lines():
+    for number, line in location.lines():
         if not line.strip():
             continue
         try:

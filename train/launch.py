@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
@@ -19,6 +20,7 @@ from pyarrow.fs import FileSelector
 
 from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
 from clusterlib.config import dump
+from clusterlib.diagnostics import summarize
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import STEPS
@@ -169,10 +171,7 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
     stats = {
         "num_steps": progress.step,
         "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),
-        "num_strata": len(plan.strata),
-        "batches_per_epoch": plan.num_batches,
-        "coverage_fraction": plan.num_planned_rows / plan.num_rows,
-        "pure_fraction": plan.num_pure_batches / plan.num_batches,
+        **dataclasses.asdict(summarize(plan)),
         "train_seconds": sum(record["step_seconds"] for record in progress.records),
         "data_seconds": sum(record["data_seconds"] for record in progress.records),
     }

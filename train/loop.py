@@ -103,6 +103,5 @@ def fit(
             }
         )
         on_step(progress)
-        if progress.step % config.checkpoint_every_steps == 0 and progress.step < num_steps:
+        if progress.step % config.checkpoint_every_steps == 0 or progress.step == num_steps:
             on_checkpoint(progress)
-    on_checkpoint(progress)

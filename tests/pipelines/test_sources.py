@@ -58,6 +58,26 @@ def test_parquet_files_folders_and_globs_with_mapped_columns(tmp_path, table):
         assert good == ROWS[-count:] and bad == []
 
 
+def test_inputs_on_another_file_system(table):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    with files.open("/inputs/a.parquet", "wb") as stream:
+        pq.write_table(table, stream)
+    with files.open("/inputs/b.jsonl", "wb") as stream:
+        stream.write(json.dumps({"title": "q4", "abstract": "p4"}).encode())
+    parquet = config("inputs", format="parquet", columns=COLUMNS)
+    assert rows_of(parquet, "memory://")[0] == ROWS
+    assert len(origin(parquet, "memory://")) == 1
+    assert rows_of(config("memory://inputs/*.jsonl", format="jsonl", columns=COLUMNS))[0] == [("q4", "p4", None)]
+
+
+def test_a_topic_that_is_no_label_is_refused(tmp_path):
+    pq.write_table(pa.table({"query": ["q"], "passage": ["p"], "topic": [[{"a": 1}]]}), tmp_path / "a.parquet")
+    with pytest.raises(StrataError, match="columns.topic: 'topic' is list<.*not a label"):
+        rows_of(config("a.parquet", format="parquet", columns=Columns(topic="topic")), tmp_path)
+
+
 def test_a_wrong_column_is_told_with_those_there_are(tmp_path, table):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(

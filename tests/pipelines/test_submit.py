@@ -1,4 +1,5 @@
 from click.testing import CliRunner
+
 from clusterlib.artifact import Root
 from pipelines.cli import main
 
