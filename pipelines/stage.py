@@ -73,7 +73,7 @@ class Workers:
     """How many processes work on a stage, and what each takes.
 
     Attributes:
-        max_workers: None for as many as the Ray cluster has room for.
+        max_workers: None for as many as the Ray cluster has room for now; a number lets it grow to that many.
     """
 
     max_workers: int | None = None
@@ -124,7 +124,7 @@ def _pool_size(workers: Workers, num_tasks: int) -> int:
     fits = [(room.get("CPU", 1) - 1) / workers.num_cpus if workers.num_cpus else num_tasks]
     if workers.num_gpus:
         fits.append(room["GPU"] / workers.num_gpus)
-    return max(1, min(int(min(fits)), num_tasks, workers.max_workers or num_tasks))
+    return max(1, min(workers.max_workers or int(min(fits)), num_tasks))
 
 
 class _Actor:

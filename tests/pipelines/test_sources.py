@@ -69,7 +69,8 @@ def test_inputs_on_another_file_system(table):
     parquet = config("inputs", format="parquet", columns=COLUMNS)
     assert rows_of(parquet, "memory://")[0] == ROWS
     assert len(origin(parquet, "memory://")) == 1
-    assert rows_of(config("memory://inputs/*.jsonl", format="jsonl", columns=COLUMNS))[0] == [("q4", "p4", None)]
+    lines = config("memory://inputs/*.jsonl", format="jsonl", columns=Columns(query="title", passage="abstract"))
+    assert rows_of(lines)[0] == [("q4", "p4", None)]
 
 
 def test_a_topic_that_is_no_label_is_refused(tmp_path):
