@@ -245,9 +245,7 @@ def _select(table: pa.Table, columns: Columns, first_row: int) -> pa.Table:
             topic = table[columns.topic].cast(pa.string())
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
             kind = table.schema.field(columns.topic).type
-            raise StrataError(
-                f"columns.topic: {columns.topic!r} is {kind}, not a label; name another"
-            ) from error
+            raise StrataError(f"columns.topic: {columns.topic!r} is {kind}, not a label; name another") from error
     rows = pa.array(np.arange(first_row, first_row + table.num_rows))
     return pa.table({"row": rows, "query": table[columns.query], "passage": table[columns.passage], "topic": topic})
 

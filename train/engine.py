@@ -57,10 +57,9 @@ class Engine:
             betas=(config.beta1, config.beta2),
             fused=self.device.type == "cuda",
         )
-        # Plain DeepSpeed clips without telling the norm, so there torch clips, right before the update.
+        # Without ZeRO, DeepSpeed clips without telling the norm; so there torch clips, right before the update.
         self._norm: float | None = None
-        torch_clips = zero_stage == 0 and precision == "fp32"
-        if torch_clips:
+        if zero_stage == 0:
 
             def clip(*_: Any) -> None:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
@@ -77,10 +76,11 @@ class Engine:
                 "gradient_accumulation_steps": 1,
                 # `backward` only adds up, and `step` reduces: what GradCache needs.
                 "managed_gradient_accumulation": False,
-                "gradient_clipping": 0.0 if torch_clips else config.max_gradient_norm,
+                "gradient_clipping": config.max_gradient_norm if zero_stage else 0.0,
                 "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
                 "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": precision == "bf16"},
+                # Weights stay float32: what is exported is what was trained.
+                "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
                 "steps_per_print": None,
             },
         )

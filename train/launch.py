@@ -66,6 +66,17 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
     student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
     draft = Draft(root, spec)
     _check_same_ranks(draft, config)
+    receipt = draft.receipt(EXPORT)
+    if receipt is None:
+        _fit(config, batching, shards, draft, f"{name}: {plan.num_batches} batches an epoch, {len(plan.strata)} strata")
+        receipt = draft.receipt(EXPORT)
+    if receipt is None:
+        raise RuntimeError(f"{draft.path}: training ended without an exported model")
+    return draft.publish([receipt], receipt.stats)
+
+
+def _fit(config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft: Draft, title: str) -> None:
+    """Run the ranks to the end, restarting them from the latest checkpoint when one is lost."""
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
@@ -73,24 +84,20 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
             "batching": batching,
             "shards": shards,
             "draft": draft,
-            "name": f"{name}: {plan.num_batches} batches an epoch from {len(plan.strata)} strata",
+            "title": title,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
         run_config=ray.train.RunConfig(
             # The same name and path make Ray Train go on from the latest checkpoint it finds there.
             name=_CHECKPOINTS,
             storage_path=draft.path,
-            storage_filesystem=root.fs,
+            storage_filesystem=draft.root.fs,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.fit()
-    receipt = draft.receipt(EXPORT)
-    if receipt is None:
-        raise RuntimeError(f"{draft.path}: training ended without an exported model")
-    return draft.publish([receipt], receipt.stats)
 
 
 def _check_same_ranks(draft: Draft, config: TrainConfig) -> None:
@@ -143,7 +150,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
     if latest is not None:
         with latest.as_directory() as folder:
             progress = checkpoint.load(Path(folder), engine)
-    log = _Log(settings["name"], config.num_steps(plan), batching.global_batch_size, progress, rank)
+    log = _Log(settings["title"], config.num_steps(plan), batching.global_batch_size, progress, rank)
 
     def on_checkpoint(progress: Progress) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +212,7 @@ def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
 class _Log:
     """A progress line on rank 0 every few seconds."""
 
-    def __init__(self, name: str, num_steps: int, batch_size: int, progress: Progress, rank: int) -> None:
+    def __init__(self, title: str, num_steps: int, batch_size: int, progress: Progress, rank: int) -> None:
         self._num_steps = num_steps
         self._batch_size = batch_size
         self._loud = rank == 0
@@ -214,7 +221,7 @@ class _Log:
         self._next = self._since
         if self._loud:
             resumed = f", continued at step {progress.step}" if progress.step else ""
-            print(f"train {name}, {num_steps} steps of {batch_size} pairs{resumed}", flush=True)
+            print(f"train {title}, {num_steps} steps of {batch_size} pairs{resumed}", flush=True)
 
     def on_step(self, progress: Progress) -> None:
         now = time.monotonic()

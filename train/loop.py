@@ -29,7 +29,9 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig
     steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the planned batches")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations in the encoder")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the encoder's arithmetic; weights, similarities and the loss are float32"
+    )
     seed: int = Field(0, ge=0, description="of initial weights and dropout; batching.seed is the plan's")
 
     num_workers: int = runtime(1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs")

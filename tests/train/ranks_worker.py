@@ -71,7 +71,8 @@ def main():
         measures = accumulate_gradient(engine, batch, config.loss.temperature)
         kept = keep_gradient(engine)
         norm, _ = engine.step()
-        found = {"gradient": kept[0], "measures": measures, "norm": norm}
+        dtype = str(next(engine.model.parameters()).dtype)
+        found = {"gradient": kept[0].float(), "measures": measures, "norm": norm, "dtype": dtype}
         if rank == 0:
             torch.save(found, f"{settings['out']}/{name}-{num_ranks}.pt")
 

@@ -39,6 +39,8 @@ def outcome(tmp_path_factory, make_shards, architecture):
         for stage in STAGES
         for micro, size in MICRO.items()
     }
+    for stage in STAGES:
+        cases[f"bf16-zero{stage}"] = {**cases[f"zero{stage}-cached"], "precision": "bf16"}
     dropout = {**case, "student": {"architecture": architecture}, "micro_batch_size": 5, "checkpoint_every_steps": 2}
     resumes = {f"resume{stage}": {**dropout, "zero_stage": stage} for stage in STAGES}
     settings = {
@@ -126,6 +128,17 @@ def test_gradient_equals_one_process_with_the_whole_batch(outcome, reference, nu
     assert error < 1e-6, error
     assert float(found["measures"][0]) == pytest.approx(loss, rel=1e-5)
     assert found["norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_near_and_keeps_float32_weights(outcome, reference, num_ranks, stage):
+    _, folder, _ = outcome
+    found = torch.load(folder / f"bf16-zero{stage}-{num_ranks}.pt", weights_only=True)
+    gradient, loss = reference
+    assert found["dtype"] == "torch.float32"
+    assert 1e-6 < float((found["gradient"] - gradient).norm() / gradient.norm()) < 0.1
+    assert float(found["measures"][0]) == pytest.approx(loss, rel=0.01)
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
