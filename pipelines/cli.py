@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +13,7 @@ from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT
 
 if TYPE_CHECKING:
+    from clusterlib.artifact import Artifact
     from pipelines.run import Run, RunConfig
 
 STAGES = {
@@ -101,8 +102,12 @@ def _do(
             found = {item.name: item for item in (made.values() if isinstance(made, dict) else [made])}
             for artifact in found.values():
                 click.echo(f"{stage}: {artifact.path}")
+    if "evaluate" in stages:
+        _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
-        _show_scores(run)
+        from pipelines.report import REPORT
+
+        click.echo(f"report: {run.report().path}/{REPORT}")
 
 
 @_recipe_command("run", "Run all stages of a recipe, skipping what is done.")
@@ -117,7 +122,25 @@ def _add_stage(stage: str, text: str) -> None:
 
 
 for _stage, _text in STAGES.items():
-    _add_stage(_stage, _text)
+    if _stage != "evaluate":
+        _add_stage(_stage, _text)
+
+
+@_recipe_command("evaluate", STAGES["evaluate"])
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Score this folder or hub model instead.")
+def _evaluate(models: tuple[str, ...], **arguments: Any) -> None:
+    if not models:
+        _do(["evaluate"], **arguments)
+        return
+    address = arguments.pop("address")
+    run = _open(**arguments)
+    if run is None:
+        return
+    from pipelines.stage import ray_session
+
+    with ray_session(address):
+        scores = run.score(models)
+    _show_scores(scores, [])
 
 
 @_recipe_command("tune", "Train and score every combination of tune.space, on finished shards.")
@@ -175,15 +198,13 @@ def _inspect(artifact: str | None, root: str, verify: bool) -> None:
         click.echo(describe(item))
 
 
-def _show_scores(run: Run) -> None:
-    from pipelines.report import REPORT, format_scores, score_tables, verdict
+def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
+    from pipelines.report import format_scores, score_tables, verdict
 
-    scores = run.scores()
-    tables = score_tables(scores, list(run.arms))
+    tables = score_tables(scores, arms)
     for table in tables:
-        click.echo("\n" + format_scores(table, list(run.arms)))
-    click.echo(f"\n{verdict(tables[0], list(run.arms))}".rstrip())
-    click.echo(f"report: {run.report().path}/{REPORT}")
+        click.echo(f"\n{format_scores(table, arms)}")
+    click.echo(f"\n{verdict(tables[0], arms)}".rstrip())
 
 
 def _dry_run(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,11 @@ class Run:
         """Scores of every reference and arm."""
         models: dict[str, Artifact | ModelRef] = dict(self.config.evaluate.references)
         models |= {arm: self._open(chain.model, "train") for arm, chain in self.arms.items()}
+        return evaluate(self.config.evaluate, self.config.data, models, self.root)
+
+    def score(self, names: Sequence[str]) -> dict[str, Artifact]:
+        """Scores of models from elsewhere, by folder or hub name, on the recipe's tests."""
+        models: dict[str, Artifact | ModelRef] = {name: ModelRef(name=name) for name in names}
         return evaluate(self.config.evaluate, self.config.data, models, self.root)
 
     def scores(self) -> dict[str, Artifact]:

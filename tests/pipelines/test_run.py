@@ -1,6 +1,5 @@
 """The whole job, through the command line: to the end, again, and killed midway."""
 
-import os
 import re
 import signal
 import subprocess
@@ -18,15 +17,6 @@ from pipelines.cli import main
 from pipelines.run import load_recipe
 
 
-@pytest.fixture(scope="module")
-def finished(recipe, ray_running, tmp_path_factory):
-    """(root, output) of an undisturbed run."""
-    root = tmp_path_factory.mktemp("finished")
-    result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
-    assert result.exit_code == 0, result.output
-    return Root(str(root)), result.stdout
-
-
 def digests(root):
     """What must be equal however often a run was killed: all content but the clock's."""
     found = {}
@@ -38,8 +28,17 @@ def digests(root):
     return found
 
 
+@pytest.fixture(scope="module")
+def finished(recipe, ray_running, tmp_path_factory):
+    """(root, output, digests) of an undisturbed run, before any test adds to its root."""
+    root = tmp_path_factory.mktemp("finished")
+    result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
+    assert result.exit_code == 0, result.output
+    return Root(str(root)), result.stdout, digests(Root(str(root)))
+
+
 def test_the_run_makes_every_artifact_and_prints_the_scores(finished):
-    root, output = finished
+    root, output, _ = finished
     counts = {}
     for artifact in root.artifacts():
         artifact.verify()
@@ -50,7 +49,7 @@ def test_the_run_makes_every_artifact_and_prints_the_scores(finished):
 
 
 def test_the_same_command_again_does_nothing(finished, recipe):
-    root, output = finished
+    root, output, _ = finished
     before = {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()}
     result = CliRunner().invoke(main, ["run", str(recipe), "--root", root.uri])
     assert result.exit_code == 0
@@ -61,7 +60,7 @@ def test_the_same_command_again_does_nothing(finished, recipe):
 
 
 def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
-    root, _ = finished
+    root, _, _ = finished
     for model in (artifact for artifact in root.artifacts() if artifact.kind == "model"):
         steps = model.read("steps").to_pylist()
         assert [row["step"] for row in steps] == list(range(12))
@@ -73,7 +72,7 @@ def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
 
 
 def test_the_student_learns(finished):
-    root, _ = finished
+    root, _, _ = finished
     for model in (artifact for artifact in root.artifacts() if artifact.kind == "model"):
         losses = model.read("steps")["loss"].to_numpy()
         assert losses[-3:].mean() < losses[:3].mean()
@@ -83,7 +82,7 @@ def test_the_export_loads_with_norm_length_and_card(finished):
     """The exported folder loads in sentence-transformers with pooling, norm and length."""
     from sentence_transformers import SentenceTransformer
 
-    root, _ = finished
+    root, _, _ = finished
     model = next(artifact for artifact in root.artifacts() if artifact.kind == "model")
     student = SentenceTransformer(f"{model.path}/export", device="cpu")
     found = student.encode(["rose tulip", "wave"])
@@ -94,7 +93,7 @@ def test_the_export_loads_with_norm_length_and_card(finished):
 
 
 def test_inspect_shows_every_artifact_with_its_lineage(finished):
-    root, _ = finished
+    root, _, _ = finished
     listing = CliRunner().invoke(main, ["inspect", "--root", root.uri])
     for artifact in root.artifacts():
         assert artifact.name in listing.output
@@ -105,7 +104,7 @@ def test_inspect_shows_every_artifact_with_its_lineage(finished):
 
 
 def test_the_report_is_one_file_that_says_what_ran(finished):
-    root, _ = finished
+    root, _, _ = finished
     report = next(artifact for artifact in root.artifacts() if artifact.kind == "report")
     html = Path(report.path, "report.html").read_text()
     assert "<script" not in html and not re.search(r"""(src|href)=["']?http""", html)
@@ -123,53 +122,72 @@ def test_arms_share_what_they_can(recipe):
     assert random.replace(batching=cluster.batching) == cluster
 
 
+def test_any_model_is_scored_on_the_recipes_tests(finished, recipe):
+    root, _, _ = finished
+    model = next(artifact for artifact in root.artifacts() if artifact.kind == "model")
+    words = ["evaluate", str(recipe), "--model", f"{model.path}/export", "--root", root.uri]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    scored = [artifact.read().to_pylist() for artifact in root.artifacts() if artifact.kind == "scores"]
+    values = [rows[0]["value"] for rows in scored if rows[0]["run"] == f"{model.path}/export"]
+    arms = [rows[0]["value"] for rows in scored if rows[0]["run"] in ("random", "cluster")]
+    assert len(values) == 1 and values[0] in arms
+    assert f"{values[0]:.4f}" in result.stdout
+
+
 @pytest.mark.timeout(600)
 def test_tune_tries_every_k_on_the_same_shards(finished, recipe):
-    root, _ = finished
+    root, _, _ = finished
     words = ["tune", str(recipe), "tune.space={batching.k: [1, 2, 4]}", "train.steps=3", "--root", root.uri]
     before = {artifact.name for artifact in root.artifacts()}
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     made = [artifact.kind for artifact in root.artifacts() if artifact.name not in before]
     assert sorted(made) == ["model"] * 3 + ["scores"] * 3
-    rows = [line.split() for line in result.stdout.splitlines() if "batching.k=" in line and "done" not in line]
-    values = [float(row[0]) for row in rows]
-    assert sorted(row[2] for row in rows) == ["batching.k=1", "batching.k=2", "batching.k=4"]
+    table = re.findall(r"^ *(\d\.\d+) .*(batching\.k=\d)", result.stdout, re.MULTILINE)
+    values = [float(value) for value, _ in table]
+    assert sorted(trial for _, trial in table) == ["batching.k=1", "batching.k=2", "batching.k=4"]
     assert values == sorted(values, reverse=True) and all(0 <= value <= 1 for value in values)
 
 
-@pytest.mark.timeout(600)
-def test_killed_midway_it_ends_the_same(finished, recipe, tmp_path):
-    """kill -9 of the driver while embedding and while training; then the command again."""
-    undisturbed, _ = finished
-    root = tmp_path / "root"
+def start(recipe, root):
+    """The command in a process and a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(root)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
-    def kill_when(pattern):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(root)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 180
-        while not list(root.glob(pattern)):
-            assert process.poll() is None and time.monotonic() < deadline, f"{pattern} never came"
-            time.sleep(0.05)
+
+@pytest.mark.timeout(900)
+def test_killed_in_every_stage_it_ends_the_same(finished, recipe, tmp_path):
+    """kill -9 of the driver once in each stage, then the command to its end."""
+    _, _, undisturbed = finished
+    root = tmp_path / "root"
+    done: dict[Path, int] = {}
+    for kind, sign in (
+        ("pairs", "receipts/*"),
+        ("embeddings", "receipts/*"),
+        ("centroids", "receipts/*"),
+        ("shards", "receipts/*"),
+        ("model", "checkpoints/step-*"),
+        ("scores", "manifest.json"),
+    ):
+        process = start(recipe, root)
+        deadline = time.monotonic() + 240
+        while not (list(root.glob(f"{kind}/*/{sign}")) or list(root.glob(f"{kind}/*/manifest.json"))):
+            assert process.poll() is None and time.monotonic() < deadline, f"{kind} never came so far"
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-    kill_when("embeddings/*/receipts/*")
-    assert not list(root.glob("embeddings/*/manifest.json"))
-    pairs = next(root.glob("pairs/*/manifest.json")).stat().st_mtime_ns
-    kill_when("model/*/checkpoints/step-*")
-    assert next(root.glob("pairs/*/manifest.json")).stat().st_mtime_ns == pairs
-    embeddings = next(root.glob("embeddings/*/manifest.json")).stat().st_mtime_ns
+        now = {path: path.stat().st_mtime_ns for path in root.glob("*/*/manifest.json")}
+        assert {path: now[path] for path in done} == done  # what was finished was not made again
+        done = now
 
     result = CliRunner().invoke(main, ["run", str(recipe), "--root", str(root)])
     assert result.exit_code == 0, result.output
-    assert next(root.glob("embeddings/*/manifest.json")).stat().st_mtime_ns == embeddings
-    assert digests(Root(str(root))) == digests(undisturbed)
+    assert digests(Root(str(root))) == undisturbed
     for model in root.glob("model/*"):
         steps = pq.read_table(model / "steps" / "steps.parquet")["step"].to_pylist()
         assert steps == list(range(12))
