@@ -210,7 +210,8 @@ def ray_running():
     """One small Ray on this machine for all tests that need one."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+    # Ray's processes may still be writing their logs for a moment after the shutdown.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         context = ray.init(
             address="local",
             num_cpus=3,
