@@ -3,12 +3,14 @@
 `{root}/{kind}/{fingerprint}/` holds parts, one receipt per finished task and, last, `manifest.json`. A task
 writes its parts under temporary names, renames them, then writes its receipt; a task that is killed or
 retried leaves at worst a file that no receipt names. The manifest is made from the receipts alone, so only
-what it names is ever read, and the rest is swept.
+what it names is ever read, and the rest is swept. Tables carry their digest in their name: a task that runs
+twice, on this driver or another, cannot change a part that a receipt names.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -16,7 +18,7 @@ import json
 import platform
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -327,7 +329,7 @@ class Draft:
     ) -> Part:
         """Write one Parquet part of `table`; each table of `groups` becomes one row group.
 
-        The same groups always give the same bytes.
+        The same groups always give the same bytes and, with them, the same name.
         """
         dictionary = [name for name in ("source", "topic", "file", "reason", "leaf") if name in schema.names]
         num_rows = 0
@@ -340,7 +342,7 @@ class Draft:
                         writer.write_table(group, row_group_size=group.num_rows)
                         num_rows += group.num_rows
 
-        path, sink = self._replace(f"{table}/{part_id}.parquet", fill)
+        path, sink = self._replace(f"{table}/{part_id}-{{digest}}.parquet", fill)
         return Part(table, path, num_rows, sink.num_bytes, sink.sha256)
 
     def write_bytes(self, table: str, path: str, data: bytes) -> Part:
@@ -378,6 +380,8 @@ class Draft:
     def publish(self, receipts: Sequence[Receipt], stats: Mapping[str, Any] | None = None) -> Artifact:
         """Write the manifest, sweep what it does not name, and open the artifact.
 
+        Where another driver has published the artifact in the meantime, its manifest stands.
+
         Args:
             receipts: of every task, in the order in which their parts are to be read.
 
@@ -396,6 +400,9 @@ class Draft:
                 f"{self.spec.name}: {num_rows_in} rows in, {num_rows_out} out and {sum(rejects.values())} "
                 "refused; rows were lost or made up"
             )
+        made = self.root.find(self.spec)
+        if made is not None:
+            return made
         manifest = {
             "kind": self.spec.kind,
             "fingerprint": self.spec.fingerprint,
@@ -431,23 +438,35 @@ class Draft:
             if entry.type == pafs.FileType.Directory and entry.path[len(self.path) + 1 :] not in folders:
                 fs.delete_dir(entry.path)
 
-    def _replace(self, path: str, fill: Any) -> tuple[str, _DigestingSink]:
-        """Write a file under a temporary name and rename it, so that `path` is whole or absent."""
-        final = f"{self.path}/{path}"
-        folder, _, base = final.rpartition("/")
-        temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
+    def _replace(self, path: str, fill: Callable[[_DigestingSink], object]) -> tuple[str, _DigestingSink]:
+        """Write a file under a temporary name and rename it, so that `path` is whole or absent.
+
+        Args:
+            path: may hold {digest}, for the first digits of what was written.
+
+        Raises:
+            StrataError: the file system is full.
+        """
+        folder, _, base = f"{self.path}/{path}".rpartition("/")
+        temporary = f"{folder}/.{uuid.uuid4().hex}"
         fs = self.root.fs
         fs.create_dir(folder, recursive=True)
         try:
             with fs.open_output_stream(temporary) as stream:
                 sink = _DigestingSink(stream)
                 fill(sink)
-        except BaseException:
+        except BaseException as error:
             if fs.get_file_info(temporary).type == pafs.FileType.File:
                 fs.delete_file(temporary)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StrataError(
+                    f"--root {self.root.uri}: no space is left there; free some and run the same command again, "
+                    "what is finished is kept"
+                ) from error
             raise
-        fs.move(temporary, final)
-        return path, sink
+        named = path.replace("{digest}", sink.sha256[:12])
+        fs.move(temporary, f"{self.path}/{named}")
+        return named, sink
 
 
 class _DigestingSink:

@@ -96,19 +96,25 @@ def token_type(vocabulary_size: int) -> pa.DataType:
     return pa.uint16() if vocabulary_size <= 2**16 else pa.int32()
 
 
-def shards_schema(token: pa.DataType) -> pa.Schema:
-    """Rows ready to train on: ids, cluster and unpadded token ids, prompts and special tokens included."""
-    return pa.schema(
-        [
-            ("pair_id", pa.uint64()),
-            ("source", pa.string()),
-            ("leaf", pa.int32()),
-            ("query_id", pa.uint64()),
-            ("passage_id", pa.uint64()),
-            ("query_tokens", pa.list_(token)),
-            ("passage_tokens", pa.list_(token)),
-        ]
-    )
+def shards_schema(token: pa.DataType, teacher_width: int | None = None) -> pa.Schema:
+    """Rows ready to train on: ids, cluster and unpadded token ids, prompts and special tokens included.
+
+    Args:
+        teacher_width: dimensions of the teacher's vectors, float16, where they are carried along.
+    """
+    fields = [
+        ("pair_id", pa.uint64()),
+        ("source", pa.string()),
+        ("leaf", pa.int32()),
+        ("query_id", pa.uint64()),
+        ("passage_id", pa.uint64()),
+        ("query_tokens", pa.list_(token)),
+        ("passage_tokens", pa.list_(token)),
+    ]
+    if teacher_width:
+        vector = pa.list_(pa.float16(), teacher_width)
+        fields += [("teacher_query", vector), ("teacher_passage", vector)]
+    return pa.schema(fields)
 
 
 def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

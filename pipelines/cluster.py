@@ -18,7 +18,7 @@ from clusterlib.diagnostics import imbalance
 from clusterlib.errors import StrataError
 from clusterlib.plan import mix
 from clusterlib.tables import centroids_schema, fixed_size_list
-from pipelines.stage import Task, Workers, run_tasks
+from pipelines.stage import Task, Workers, make
 
 
 class ClusterConfig(Config):
@@ -69,10 +69,13 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
     draft = Draft(root, spec)
     tasks = [Task(source, (source, count)) for source, count in counts.items()]
     workers = Workers(None, config.cpus_per_worker, config.gpus_per_worker)
-    receipts = run_tasks(draft, "cluster", tasks, functools.partial(_Worker, config, embeddings, draft), workers)
-    # A fit reads pairs and makes nodes, which are other things: rows in = rows out holds for neither.
-    fits = {task.id: receipt.stats for task, receipt in zip(tasks, receipts, strict=True)}
-    return draft.publish(receipts, {"fits": fits, "width": embeddings.stats["width"]})
+
+    def publish(receipts: list[Receipt]) -> Artifact:
+        # A fit reads pairs and makes nodes, which are other things: rows in = rows out holds for neither.
+        fits = {task.id: receipt.stats for task, receipt in zip(tasks, receipts, strict=True)}
+        return draft.publish(receipts, {"fits": fits, "width": embeddings.stats["width"]})
+
+    return make(draft, "cluster", tasks, functools.partial(_Worker, config, embeddings, draft), workers, publish)
 
 
 class _Worker:

@@ -15,7 +15,7 @@ from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.errors import StrataError
 from clusterlib.tables import embeddings_schema, fixed_size_list
-from pipelines.stage import Task, Workers, run_tasks
+from pipelines.stage import Task, Workers, make
 from train.model import ModelRef
 
 _ROW_GROUP_ROWS = 8192
@@ -55,9 +55,12 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
     draft = Draft(root, spec)
     tasks = [Task(piece.id, piece) for piece in pairs.slices(config.task_rows)]
     workers = Workers(config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
-    receipts = run_tasks(draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers)
-    stats = {"num_rows_by_source": pairs.stats["num_rows_by_source"], "width": receipts[0].stats["width"]}
-    return draft.publish(receipts, stats)
+
+    def publish(receipts: list[Receipt]) -> Artifact:
+        stats = {"num_rows_by_source": pairs.stats["num_rows_by_source"], "width": receipts[0].stats["width"]}
+        return draft.publish(receipts, stats)
+
+    return make(draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers, publish)
 
 
 class Teacher:

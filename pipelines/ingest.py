@@ -25,7 +25,7 @@ from pipelines.sources import (
     read_test,
     splits,
 )
-from pipelines.stage import Task, Workers, run_tasks
+from pipelines.stage import Task, Workers, make
 
 _HELD_OUT = "passage belongs to a retrieval test"
 _NOT_CHOSEN = "not in the fraction to keep"
@@ -70,14 +70,19 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folder: s
     ids = [passage_ids(read_test(test, folder)) for test in tests]
     held_out = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.uint64)
     worker = functools.partial(_Worker, draft, config.max_chars, folder, held_out)
-    receipts = run_tasks(draft, "ingest", tasks, worker, Workers())
-    counts: Counter[str] = Counter()
-    for receipt in receipts:
-        counts.update(receipt.stats["num_rows_by_source"])
-    if not sum(counts.values()):
-        reasons = Counter(reason for receipt in receipts for reason in receipt.rejects)
-        raise StrataError(f"no usable pair in any input ({', '.join(reasons) or 'all are empty'}); see ingest.inputs")
-    return draft.publish(receipts, {"num_rows_by_source": dict(sorted(counts.items()))})
+
+    def publish(receipts: list[Receipt]) -> Artifact:
+        counts: Counter[str] = Counter()
+        for receipt in receipts:
+            counts.update(receipt.stats["num_rows_by_source"])
+        if not sum(counts.values()):
+            reasons = dict.fromkeys(reason for receipt in receipts for reason in receipt.rejects)
+            raise StrataError(
+                f"no usable pair in any input ({', '.join(reasons) or 'all are empty'}); see ingest.inputs"
+            )
+        return draft.publish(receipts, {"num_rows_by_source": dict(sorted(counts.items()))})
+
+    return make(draft, "ingest", tasks, worker, Workers(), publish)
 
 
 class _Worker:

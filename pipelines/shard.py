@@ -17,9 +17,11 @@ from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.tables import INDEX, TREE, shards_schema, token_type
 from clusterlib.tables import vectors as to_matrix
-from pipelines.stage import Task, Workers, run_tasks
+from pipelines.stage import Task, Workers, make
 from train.data import TOKENIZER
 from train.model import TokenizerRef
+
+_EMBEDDINGS = kmeans.columns("both")
 
 
 class ShardConfig(Config):
@@ -30,6 +32,7 @@ class ShardConfig(Config):
     passage_prompt: str = Field("", description="put before each passage")
     query_max_tokens: int = Field(..., ge=3, description="longer queries are cut")
     passage_max_tokens: int = Field(..., ge=3, description="longer passages are cut")
+    teacher_vectors: bool = Field(False, description="carry the teacher's vectors along, for the loss to filter by")
 
     block_rows: int = runtime(65_536, ge=1, description="rows a task sorts in memory and writes as one file")
 
@@ -54,25 +57,22 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
         return made
     tokenizer = config.tokenizer.load()
     draft = Draft(root, spec)
-    tasks = [Task(piece.id, piece) for piece in embeddings.slices(config.block_rows)]
-    worker = functools.partial(_Worker, config, embeddings, centroids, draft)
-    receipts = run_tasks(draft, "shard", tasks, worker, Workers())
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = draft.write_folder(TOKENIZER, Path(folder))
-    runs = [[shards.Run(*run) for run in receipt.stats["runs"]] for receipt in receipts]
-    extra = Receipt(
-        [
-            draft.write("index", "index", INDEX, [shards.index_table(runs)]),
-            draft.write("tree", "tree", TREE, [centroids.read(columns=TREE.names)]),
-            *files,
-        ]
+    tasks = [Task(piece.id, (file, piece)) for file, piece in enumerate(embeddings.slices(config.block_rows))]
+
+    def publish(receipts: list[Receipt]) -> Artifact:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = draft.write_folder(TOKENIZER, Path(folder))
+        tree = draft.write("tree", "tree", TREE, [centroids.read(columns=TREE.names)])
+        truncated = {
+            side: sum(receipt.stats["num_truncated"][side] for receipt in receipts) for side in ("query", "passage")
+        }
+        stats = {"num_rows_by_source": embeddings.stats["num_rows_by_source"], "num_truncated": truncated}
+        return draft.publish([*receipts, Receipt([tree, *files])], stats)
+
+    return make(
+        draft, "shard", tasks, functools.partial(_Worker, config, embeddings, centroids, draft), Workers(), publish
     )
-    truncated = {
-        side: sum(receipt.stats["num_truncated"][side] for receipt in receipts) for side in ("query", "passage")
-    }
-    stats = {"num_rows_by_source": embeddings.stats["num_rows_by_source"], "num_truncated": truncated}
-    return draft.publish([*receipts, extra], stats)
 
 
 class _Worker:
@@ -85,24 +85,27 @@ class _Worker:
         self._tokenizer = config.tokenizer.load()
         self._token = token_type(len(self._tokenizer))
 
-    def __call__(self, piece: Slice) -> Receipt:
-        columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *kmeans.columns(self._field)]
-        table = self._embeddings.read_slice(piece, columns)
+    def __call__(self, work: tuple[int, Slice]) -> Receipt:
+        file, piece = work
         config = self._config
+        embeddings = _EMBEDDINGS if config.teacher_vectors else kmeans.columns(self._field)
+        columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *embeddings]
+        table = self._embeddings.read_slice(piece, columns)
         query, cut_queries = self._tokenize(table["query"], config.query_prompt, config.query_max_tokens)
         passage, cut_passages = self._tokenize(table["passage"], config.passage_prompt, config.passage_max_tokens)
-        leaf = pa.array(self._leaves(table))
         ids = [table[name] for name in ("pair_id", "source")]
+        teacher = [table[name] for name in _EMBEDDINGS] if config.teacher_vectors else []
+        leaf = pa.array(self._leaves(table))
         block = pa.Table.from_arrays(
-            [*ids, leaf, table["query_id"], table["passage_id"], query, passage], schema=shards_schema(self._token)
+            [*ids, leaf, table["query_id"], table["passage_id"], query, passage, *teacher],
+            schema=shards_schema(self._token, self._embeddings.stats["width"] if teacher else None),
         )
-        groups, runs = shards.group(block)
-        part = self._draft.write("shards", piece.id, block.schema, groups)
-        stats = {
-            "runs": [[run.source, run.leaf, run.row_group, run.first_row, run.num_rows] for run in runs],
-            "num_truncated": {"query": cut_queries, "passage": cut_passages},
-        }
-        return Receipt([part], piece.num_rows, stats=stats)
+        groups, runs = shards.group(block, file)
+        parts = [
+            self._draft.write("shards", piece.id, block.schema, groups),
+            self._draft.write("index", piece.id, INDEX, [runs]),
+        ]
+        return Receipt(parts, piece.num_rows, stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}})
 
     def _leaves(self, table: pa.Table) -> np.ndarray:
         """The nearest leaf of each pair's own source, int32 [rows]."""

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import ray.data
 
-from clusterlib.artifact import Draft, Receipt
+from clusterlib.artifact import Artifact, Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
 
@@ -81,13 +81,19 @@ class Workers:
     num_gpus: float = 0
 
 
-def run_tasks(
-    draft: Draft, label: str, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]], workers: Workers
-) -> list[Receipt]:
-    """Run the tasks that have no receipt yet, on Ray Data actors, and return all receipts in task order.
+def make(
+    draft: Draft,
+    label: str,
+    tasks: Sequence[Task],
+    worker: Callable[[], Callable[[Any], Receipt]],
+    workers: Workers,
+    publish: Callable[[list[Receipt]], Artifact],
+) -> Artifact:
+    """Run the tasks that have no receipt yet, on Ray Data actors, and publish the artifact from all receipts.
 
     Args:
         worker: called once in every process; what it returns turns a task's work into parts and a receipt.
+        publish: makes the artifact from the receipts, given in task order.
 
     Raises:
         StrataError: a task found bad input.
@@ -110,11 +116,11 @@ def run_tasks(
                 raise StrataError(row["error"])
             progress.advance(row["num_rows"])
     progress.close()
-    receipts = [draft.receipt(task.id) for task in tasks]
-    missing = [task.id for task, receipt in zip(tasks, receipts, strict=True) if receipt is None]
-    if missing:
-        raise RuntimeError(f"{draft.path}: tasks ended without a receipt: {', '.join(missing)}")
-    return [receipt for receipt in receipts if receipt is not None]
+    receipts = [receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None]
+    if len(receipts) == len(tasks):
+        return publish(receipts)
+    # Another driver that works on the same artifact was first to publish it, and swept the receipts.
+    return draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
 
 
 def _pool_size(workers: Workers, num_tasks: int) -> int:
@@ -139,9 +145,14 @@ class _Actor:
         task = self._tasks[int(batch["task"][0])]
         try:
             receipt = self._work(task.work)
+            self._draft.commit(task.id, receipt)
         except StrataError as error:  # told to the driver as data: Ray would bury it in tracebacks
             return {"num_rows": [0], "error": [str(error)]}
-        self._draft.commit(task.id, receipt)
+        except OSError:
+            # Another driver may have published the artifact and swept the files this task was writing.
+            if self._draft.root.find(self._draft.spec) is None:
+                raise
+            return {"num_rows": [0], "error": [""]}
         return {"num_rows": [receipt.num_rows_in], "error": [""]}
 
 

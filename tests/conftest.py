@@ -184,15 +184,13 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0):
     )
     config = {"query_prompt": "", "passage_prompt": "", "query_max_tokens": 8, "passage_max_tokens": 24}
     draft = Draft(Root(str(root)), Spec("shards", 1, {"shard": {**config, "seed": seed}}))
-    receipts, runs = [], []
-    for start in range(0, num_rows, block_rows):
+    receipts = []
+    for file, start in enumerate(range(0, num_rows, block_rows)):
         block = table.slice(start, block_rows)
-        groups, block_runs = shardlib.group(block)
-        runs.append(block_runs)
-        part = draft.write("shards", f"{start:06d}", schema, groups)
-        receipts.append(Receipt([part], block.num_rows))
+        groups, runs = shardlib.group(block, file)
+        parts = [draft.write("shards", f"{start:06d}", schema, groups), draft.write("index", f"{file}", INDEX, [runs])]
+        receipts.append(Receipt(parts, block.num_rows))
     extra = [
-        draft.write("index", "index", INDEX, [shardlib.index_table(runs)]),
         draft.write("tree", "tree", TREE, [tree.to_table(source, [1] * 4) for source in ("a", "b")]),
         *draft.write_folder("tokenizer", tokenizer_folder),
     ]

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -72,7 +73,7 @@ def test_orphans_and_receipts_are_swept_and_never_read(tmp_path):
     (folder / ".0.parquet.123").write_bytes(b"temporary")
     artifact = publish(tmp_path)
     assert artifact.read().num_rows == 17
-    assert files(artifact.path) == ["manifest.json", "things/0.parquet", "things/1.parquet"]
+    assert files(artifact.path) == sorted(["manifest.json", *(part.path for part in artifact.parts())])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -84,6 +85,27 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         made.write("things", "0", SCHEMA, groups())
     assert files(tmp_path) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    def groups():
+        yield table(0, 3)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StrataError, match="no space is left there; free some and run the same command again"):
+        draft(tmp_path).write("things", "0", SCHEMA, groups())
+    assert files(tmp_path) == []
+
+
+def test_a_task_that_runs_twice_with_other_bytes_changes_nothing_that_is_named(tmp_path):
+    made = draft(tmp_path)
+    part = made.write("things", "0", SCHEMA, [table(0, 3)])
+    artifact = made.publish([Receipt([part], 3)])
+    late = made.write("things", "0", SCHEMA, [table(0, 2), table(2, 3)])  # the same rows in other row groups
+    assert late.path != part.path
+    artifact.verify()
+    again = made.publish([Receipt([late], 3)])
+    assert again.manifest == artifact.manifest and made.root.find(made.spec).parts() == [part]
 
 
 def test_lost_rows_are_never_published(tmp_path):
@@ -113,8 +135,8 @@ def test_receipts_survive_json(tmp_path):
 @pytest.mark.parametrize("damage", [os.remove, lambda path: Path(path).write_bytes(b"PAR1")])
 def test_a_damaged_part_is_named_with_the_remedy(tmp_path, damage):
     artifact = publish(tmp_path)
-    damage(f"{artifact.path}/things/1.parquet")
-    with pytest.raises(StrataError, match=r"things/1\.parquet: named in the manifest but missing or damaged.*again"):
+    damage(f"{artifact.path}/{artifact.parts()[1].path}")
+    with pytest.raises(StrataError, match=r"things/1-\w+\.parquet: named in the manifest but missing or damaged.*again"):
         artifact.read()
     with pytest.raises(StrataError, match=r"things/1\.parquet"):
         artifact.verify()

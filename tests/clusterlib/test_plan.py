@@ -2,27 +2,29 @@ import time
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan, permute
-from clusterlib.shards import Run, ShardIndex, index_table
+from clusterlib.shards import ShardIndex
+from clusterlib.tables import INDEX
 from clusterlib.tree import build
 
 
 def make_index(sizes):
     """An index over one file; `sizes` is source -> rows of each leaf."""
-    runs, trees, first = [], {}, 0
+    rows, trees, first = [], {}, 0
     for source, leaf_sizes in sorted(sizes.items()):
         generator = np.random.default_rng(len(leaf_sizes))
         trees[source] = build(generator.standard_normal((len(leaf_sizes), 4)), np.ones(len(leaf_sizes)))[0]
         for leaf, count in enumerate(leaf_sizes):
             if count:
-                runs.append(Run(source, leaf, 0, first, count))
+                rows.append(dict(zip(INDEX.names, (source, leaf, 0, 0, first, count), strict=True)))
                 first += count
-    return ShardIndex(index_table([runs]), trees)
+    return ShardIndex(pa.Table.from_pylist(rows, schema=INDEX), trees)
 
 
 def owners(index):

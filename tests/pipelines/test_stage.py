@@ -1,0 +1,66 @@
+import functools
+
+import pyarrow as pa
+import pytest
+
+from clusterlib.artifact import Draft, Receipt, Root, Spec
+from clusterlib.errors import StrataError
+from pipelines.stage import Task, Workers, make
+
+SCHEMA = pa.schema([("x", pa.int64())])
+
+
+def rows(count):
+    return pa.table({"x": list(range(count))}, schema=SCHEMA)
+
+
+class Plain:
+    """Writes as many rows as its work says; odd work fails when told to."""
+
+    def __init__(self, draft, failing=False):
+        self.draft, self.failing = draft, failing
+
+    def __call__(self, work):
+        if self.failing and work % 2:
+            raise StrataError(f"work {work} is odd")
+        return Receipt([self.draft.write("things", f"{work}", SCHEMA, [rows(work)])], work)
+
+
+class Overtaken(Plain):
+    """While it writes its last part, another driver publishes the artifact."""
+
+    def __call__(self, work):
+        if work < 3:
+            return super().__call__(work)
+
+        def groups():
+            yield rows(work)
+            other = Draft(self.draft.root, self.draft.spec)
+            other.publish([Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"})
+
+        return Receipt([self.draft.write("things", f"{work}", SCHEMA, groups())], work)
+
+
+@pytest.fixture
+def draft(ray_running, tmp_path):
+    return Draft(Root(str(tmp_path)), Spec("things", 1, {}))
+
+
+def run(draft, worker):
+    tasks = [Task(f"{work}", work) for work in (1, 2, 3)]
+    publish = functools.partial(draft.publish, stats={"by": "us"})
+    return make(draft, "test", tasks, functools.partial(worker, draft), Workers(1), publish)
+
+
+def test_parts_are_in_task_order_and_a_failed_task_is_done_again(draft):
+    with pytest.raises(StrataError, match="is odd"):
+        run(draft, functools.partial(Plain, failing=True))
+    assert draft.root.find(draft.spec) is None
+    made = run(draft, Plain)
+    assert [part.num_rows for part in made.parts()] == [1, 2, 3] and made.stats["by"] == "us"
+
+
+def test_a_driver_that_was_overtaken_returns_what_the_other_made(draft):
+    made = run(draft, Overtaken)
+    made.verify()
+    assert made.stats["by"] == "other" and made.read()["x"].to_pylist() == list(range(6))
