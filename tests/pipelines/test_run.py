@@ -28,6 +28,16 @@ def digests(root):
     return found
 
 
+def start(recipe, root, *overrides):
+    """The command in a process and a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *overrides, "--root", str(root)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(recipe, ray_running, tmp_path_factory):
     """(root, output, digests) of an undisturbed run, before any test adds to its root."""
@@ -150,13 +160,27 @@ def test_tune_tries_every_k_on_the_same_shards(finished, recipe):
     assert values == sorted(values, reverse=True) and all(0 <= value <= 1 for value in values)
 
 
-def start(recipe, root):
-    """The command in a process and a Ray of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run", str(recipe), "--root", str(root)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+def test_a_run_on_an_object_store_makes_the_same(finished, recipe, pairs_file, bucket):
+    _, _, undisturbed = finished
+    store = Root(bucket)
+    with store.fs.open_output_stream(f"{store.path}/in/pairs.jsonl") as stream:
+        stream.write(pairs_file.read_bytes())
+    changes = ["arms={cluster: {}}", f"ingest.inputs=[{{source: jsonl, format: jsonl, path: '{bucket}/in/*.jsonl'}}]"]
+    process = start(recipe, f"{bucket}/runs", *changes)
+    assert process.wait() == 0
+    made = Root(f"{bucket}/runs")
+    kinds = []
+    for artifact in made.artifacts():
+        artifact.verify()
+        kinds.append(artifact.kind)
+        # The paths of inputs are in the fingerprints, and in the model's card, but not in the content.
+        table = "export" if artifact.kind == "model" else artifact.kind
+        digests = [part.sha256 for part in artifact.parts(table) if not part.path.endswith("README.md")]
+        assert artifact.kind == "report" or any(
+            set(digests) <= set(same) for name, same in undisturbed.items() if name.startswith(f"{artifact.kind}/")
+        )
+    assert sorted(kinds) == sorted(
+        ["pairs", "embeddings", "centroids", "shards", "model", "scores", "scores", "report"]
     )
 
 
