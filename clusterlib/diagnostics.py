@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,18 @@ def imbalance(sizes: Sequence[int] | np.ndarray) -> float:
     """
     shares = np.asarray(sizes, float) / np.sum(sizes)
     return float(len(shares) * (shares**2).sum())
+
+
+def agreement(labelings: Sequence[np.ndarray]) -> float | None:
+    """Mean adjusted Rand index over pairs of clusterings of the same points; None of fewer than two.
+
+    1 when they are the same up to names, about 0 when they are independent (Hubert & Arabie 1985,
+    doi:10.1007/BF01908075).
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    scores = [adjusted_rand_score(first, second) for first, second in itertools.combinations(labelings, 2)]
+    return float(np.mean(scores)) if scores else None
 
 
 def top_terms(texts: Sequence[str], clusters: np.ndarray, k: int, num_terms: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -178,24 +179,27 @@ def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str,
 @click.argument("artifact", required=False)
 @_root
 @click.option("--verify", is_flag=True, help="Read every part and check its digest.")
-def _inspect(artifact: str | None, root: str, verify: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object for each artifact.")
+def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> None:
     """Show an ARTIFACT, named KIND or KIND/FINGERPRINT; list all without one."""
     from clusterlib.artifact import Root
-    from pipelines.inspect import describe, listing
+    from pipelines.inspect import as_text, describe, listing
 
     opened = Root(root)
     artifacts = opened.artifacts()
-    if artifact is None:
-        click.echo(listing(artifacts))
-        return
-    found = [item for item in artifacts if artifact in (item.kind, item.name)]
-    if not found:
+    found = [item for item in artifacts if artifact in (None, item.kind, item.name)]
+    if artifact is not None and not found:
         known = ", ".join(item.name for item in artifacts) or "none"
         raise StrataError(f"{artifact}: no finished artifact of that name under {opened.path}; there are: {known}")
-    for item in found:
-        if verify:
+    if verify:
+        for item in found:
             item.verify()
-        click.echo(describe(item))
+    if as_json:
+        click.echo(json.dumps([describe(item) for item in found], indent=1))
+    elif artifact is None:
+        click.echo(listing(found))
+    else:
+        click.echo("\n".join(as_text(describe(item)) for item in found))
 
 
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ from pydantic import Field
 from clusterlib import kmeans, tree
 from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
 from clusterlib.config import Config, runtime
-from clusterlib.diagnostics import imbalance
+from clusterlib.diagnostics import agreement, imbalance
 from clusterlib.errors import StrataError
 from clusterlib.plan import mix
 from clusterlib.tables import centroids_schema, fixed_size_list
-from pipelines.stage import Task, Workers, make
+from pipelines.stage import Task, Workers, largest_node_bytes, make
 
 
 class ClusterConfig(Config):
@@ -35,6 +35,12 @@ class ClusterConfig(Config):
         39, ge=1, description="a source with fewer gets fewer leaves; FAISS warns below 39 points per centroid"
     )
     num_iterations: int = Field(20, ge=1)
+    num_fits: int = Field(
+        2,
+        ge=1,
+        description="fits of each source, from different seeds; the tightest is kept, and how well they agree is in "
+        "the manifest",
+    )
     seed: int = Field(0, ge=0)
 
     cpus_per_worker: float = runtime(1, gt=0)
@@ -68,7 +74,8 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
         )
     draft = Draft(root, spec)
     tasks = [Task(source, (source, count)) for source, count in counts.items()]
-    workers = Workers(None, config.cpus_per_worker, config.gpus_per_worker)
+    memory_bytes = _check_memory(config, embeddings.stats["width"], counts)
+    workers = Workers(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, memory_bytes=memory_bytes)
 
     def publish(receipts: list[Receipt]) -> Artifact:
         # A fit reads pairs and makes nodes, which are other things: rows in = rows out holds for neither.
@@ -76,6 +83,26 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
         return draft.publish(receipts, {"fits": fits, "width": embeddings.stats["width"]})
 
     return make(draft, "cluster", tasks, functools.partial(_Worker, config, embeddings, draft), workers, publish)
+
+
+def _check_memory(config: ClusterConfig, width: int, counts: Mapping[str, int]) -> int:
+    """Bytes that the largest source's fit takes: its sample twice, as read and put together.
+
+    Raises:
+        StrataError: no node of the Ray cluster has as much.
+    """
+    row_bytes = 2 * 4 * width * len(kmeans.columns(config.field))
+    needs = {source: min(count, config.num_leaves * config.points_per_centroid) for source, count in counts.items()}
+    source = max(needs, key=lambda source: needs[source])
+    room = largest_node_bytes()
+    if needs[source] * row_bytes > room:
+        fitting = int(room // row_bytes // config.num_leaves)
+        raise StrataError(
+            f"cluster.points_per_centroid={config.points_per_centroid}: the fit of {source} takes "
+            f"{needs[source] * row_bytes / 2**30:.1f} GiB and the largest node has {room / 2**30:.1f} GiB; "
+            f"set at most {fitting}"
+        )
+    return needs[source] * row_bytes
 
 
 class _Worker:
@@ -90,8 +117,13 @@ class _Worker:
         num_leaves = max(1, min(config.num_leaves, num_pairs // config.min_pairs_per_leaf))
         vectors = sample(self._embeddings, source, num_pairs, num_leaves * config.points_per_centroid, config)
         num_leaves = min(num_leaves, len(vectors))
-        fit = kmeans.fit(vectors, num_leaves, config.num_iterations, config.seed)
-        nearest, similarity = kmeans.assign(vectors, fit.centroids)
+        fits = [
+            kmeans.fit(vectors, num_leaves, config.num_iterations, config.seed + number)
+            for number in range(config.num_fits)
+        ]
+        assigned = [kmeans.assign(vectors, fit.centroids) for fit in fits]
+        best = max(range(len(fits)), key=lambda number: float(assigned[number][1].sum()))
+        fit, (nearest, similarity) = fits[best], assigned[best]
         sizes = np.bincount(nearest, minlength=num_leaves)
         # The mean of a leaf's unit vectors points along its centroid and is as long as their mean similarity.
         lengths = np.bincount(nearest, similarity, minlength=num_leaves) / np.maximum(sizes, 1)
@@ -105,6 +137,7 @@ class _Worker:
             "num_leaves_asked": config.num_leaves,
             "mean_similarity": float(similarity.mean()),
             "objective_by_iteration": [value / len(vectors) for value in fit.objective],
+            "agreement": agreement([labels for labels, _ in assigned]),
             "imbalance": imbalance(sizes),
             "num_empty_leaves": int((sizes == 0).sum()),
         }

@@ -29,6 +29,7 @@ class EmbedConfig(Config):
     query_prompt: str | None = Field(None, description="put before each query; by default the model's own prompt")
     passage_prompt: str | None = Field(None, description="put before each passage; by default the model's own")
 
+    min_workers: int = runtime(1, ge=1, description="processes to start with; more follow while tasks wait")
     max_workers: int | None = runtime(None, ge=1, description="processes; by default as many as there is room for")
     cpus_per_worker: float = runtime(1, gt=0)
     gpus_per_worker: float = runtime(0, ge=0, description="1 or a share of one on GPU nodes; bf16 there")
@@ -54,7 +55,7 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
     config.teacher.folder()  # fail here, with one message, rather than in every worker
     draft = Draft(root, spec)
     tasks = [Task(piece.id, piece) for piece in pairs.slices(config.task_rows)]
-    workers = Workers(config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
+    workers = Workers(config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
 
     def publish(receipts: list[Receipt]) -> Artifact:
         stats = {"num_rows_by_source": pairs.stats["num_rows_by_source"], "width": receipts[0].stats["width"]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -18,29 +19,45 @@ def listing(artifacts: Sequence[Artifact]) -> str:
     return "\n".join(lines)
 
 
-def describe(artifact: Artifact) -> str:
-    """Rows, rejects, schema, stats, config and lineage of one artifact."""
-    manifest = artifact.manifest
-    lines = [artifact.path, f"made {manifest['created_utc']} at commit {manifest['commit']}"]
-    lines.append(", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
-    lines.append(
-        f"rows: {manifest['num_rows_in']:,} in = {manifest['num_rows_out']:,} out + "
-        f"{sum(manifest['rejects'].values()):,} left out"
-    )
-    lines += [f"  {count:>10,}  {reason}" for reason, count in manifest["rejects"].items()]
-    for table in dict.fromkeys(part["table"] for part in manifest["parts"]):
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """The manifest, with the columns and size of each table in place of its parts, and the lineage."""
+    manifest = dict(artifact.manifest)
+    tables: dict[str, dict[str, Any]] = {}
+    for table in dict.fromkeys(part["table"] for part in manifest.pop("parts")):
         parts = artifact.parts(table)
-        size = sum(part.num_bytes for part in parts) / 1e6
-        lines.append(f"{table}: {sum(part.num_rows for part in parts):,} rows, {len(parts)} files, {size:.1f} MB")
+        tables[table] = {
+            "num_rows": sum(part.num_rows for part in parts),
+            "num_files": len(parts),
+            "num_bytes": sum(part.num_bytes for part in parts),
+        }
         if parts[0].path.endswith(".parquet"):
             schema = artifact.open_parquet(parts[0]).schema_arrow
-            lines += [f"  {field.name}: {field.type}" for field in schema]
+            tables[table]["columns"] = {field.name: str(field.type) for field in schema}
         else:
-            lines += [f"  {part.path}" for part in parts]
-    for title, content in (("stats", manifest["stats"]), ("config", manifest["config"])):
-        if content:
-            text = yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=110)
+            tables[table]["files"] = [part.path for part in parts]
+    made_from = [{"depth": depth, "name": name, "found": found is not None} for depth, name, found in lineage(artifact)]
+    return {"path": artifact.path, **manifest, "tables": tables, "made_from": made_from}
+
+
+def as_text(described: Mapping[str, Any]) -> str:
+    """What `describe` returns, for people."""
+    lines = [described["path"], f"made {described['created_utc']} at commit {described['commit']}"]
+    lines.append(", ".join(f"{name} {version}" for name, version in described["versions"].items()))
+    lines.append(
+        f"rows: {described['num_rows_in']:,} in = {described['num_rows_out']:,} out + "
+        f"{sum(described['rejects'].values()):,} left out"
+    )
+    lines += [f"  {count:>10,}  {reason}" for reason, count in described["rejects"].items()]
+    for name, table in described["tables"].items():
+        lines.append(
+            f"{name}: {table['num_rows']:,} rows, {table['num_files']} files, {table['num_bytes'] / 1e6:.1f} MB"
+        )
+        lines += [f"  {column}: {kind}" for column, kind in table.get("columns", {}).items()]
+        lines += [f"  {path}" for path in table.get("files", [])]
+    for title in ("stats", "config", "origin"):
+        if described[title]:
+            text = yaml.safe_dump(dict(described[title]), sort_keys=False, default_flow_style=None, width=110)
             lines += [f"{title}:", *(f"  {line}" for line in text.splitlines())]
     lines.append("made from:")
-    lines += [f"  {'  ' * depth}{name}{'' if found else '  (gone)'}" for depth, name, found in lineage(artifact)]
+    lines += [f"  {'  ' * it['depth']}{it['name']}{'' if it['found'] else '  (gone)'}" for it in described["made_from"]]
     return "\n".join(lines) + "\n"

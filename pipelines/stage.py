@@ -73,12 +73,15 @@ class Workers:
     """How many processes work on a stage, and what each takes.
 
     Attributes:
+        min_workers: started at once; more follow while tasks wait.
         max_workers: None for as many as the Ray cluster has room for now; a number lets it grow to that many.
     """
 
+    min_workers: int = 1
     max_workers: int | None = None
     num_cpus: float = 1
     num_gpus: float = 0
+    memory_bytes: int = 0
 
 
 def make(
@@ -107,9 +110,10 @@ def make(
             _Actor,
             fn_constructor_args=(draft, todo, worker),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_pool_size(workers, len(todo))),
+            compute=_pool(workers, len(todo)),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
+            memory=workers.memory_bytes or None,
         )
         for row in made.iter_rows():
             if row["error"]:
@@ -123,14 +127,20 @@ def make(
     return draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
 
 
-def _pool_size(workers: Workers, num_tasks: int) -> int:
+def _pool(workers: Workers, num_tasks: int) -> ray.data.ActorPoolStrategy:
     room = ray.cluster_resources()
     if workers.num_gpus and room.get("GPU", 0) < workers.num_gpus:
         raise StrataError(f"a worker asks for {workers.num_gpus} GPU and the Ray cluster has {room.get('GPU', 0):g}")
-    fits = [(room.get("CPU", 1) - 1) / workers.num_cpus if workers.num_cpus else num_tasks]
-    if workers.num_gpus:
-        fits.append(room["GPU"] / workers.num_gpus)
-    return max(1, min(workers.max_workers or int(min(fits)), num_tasks))
+    asked = {"CPU": workers.num_cpus, "GPU": workers.num_gpus, "memory": workers.memory_bytes}
+    spare = {"CPU": 1}  # for the coordinators
+    fits = [(room.get(name, 0) - spare.get(name, 0)) / amount for name, amount in asked.items() if amount]
+    most = max(1, min(workers.max_workers or int(min(fits)), num_tasks))
+    return ray.data.ActorPoolStrategy(min_size=min(workers.min_workers, most), max_size=most)
+
+
+def largest_node_bytes() -> float:
+    """Memory that workers may take on the node of the Ray cluster that has most."""
+    return max(float(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
 
 
 class _Actor:

@@ -1,6 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 
+import pipelines.cluster as stages
 from clusterlib import kmeans
 from clusterlib.errors import StrataError
 from clusterlib.tables import vectors
@@ -74,3 +77,31 @@ def test_more_leaves_than_any_source_can_fill_are_refused(chain):
         StrataError, match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and fits 8"
     ):
         cluster(chain.configs.cluster.replace(num_leaves=9), chain.embeddings, chain.root)
+
+
+def test_a_fit_beyond_any_nodes_memory_is_refused_with_the_number_that_fits(chain, monkeypatch):
+    """Room for 60 of the 160 vectors of 32 dimensions, held twice in float32, at 6 leaves."""
+    monkeypatch.setattr(stages, "largest_node_bytes", lambda: 60 * 2 * 4 * 32)
+    with pytest.raises(StrataError, match=r"points_per_centroid=500: the fit of big takes .* set at most 10"):
+        cluster(chain.configs.cluster.replace(points_per_centroid=500), chain.embeddings, chain.root)
+    cluster(chain.configs.cluster.replace(points_per_centroid=10), chain.embeddings, chain.root)
+
+
+def test_fits_of_other_seeds_are_compared_and_the_tightest_is_kept(chain):
+    found = source_vectors(chain, "big")
+    config = chain.configs.cluster.replace(num_fits=3, num_leaves=4)
+    fits = [kmeans.fit(found, 4, config.num_iterations, seed) for seed in range(3)]
+    assigned = [kmeans.assign(found, fit.centroids) for fit in fits]
+    stats = cluster(config, chain.embeddings, chain.root).stats["fits"]["big"]
+    assert stats["mean_similarity"] == pytest.approx(max(similarity.mean() for _, similarity in assigned), rel=1e-3)
+    expected = [adjusted_rand(first[0], second[0]) for first, second in itertools.combinations(assigned, 2)]
+    assert stats["agreement"] == pytest.approx(np.mean(expected), abs=0.05)
+
+
+def adjusted_rand(first, second):
+    """From all pairs of points: Hubert & Arabie 1985, eq. 5."""
+    same_first, same_second = first[:, None] == first, second[:, None] == second
+    upper = np.triu_indices(len(first), 1)
+    both, one, other = (pairs[upper].sum() for pairs in (same_first & same_second, same_first, same_second))
+    expected = one * other / len(upper[0])
+    return (both - expected) / ((one + other) / 2 - expected)

@@ -1,5 +1,6 @@
 """The whole job, through the command line: to the end, again, and killed midway."""
 
+import json
 import re
 import signal
 import subprocess
@@ -111,6 +112,15 @@ def test_inspect_shows_every_artifact_with_its_lineage(finished):
         assert shown.exit_code == 0 and artifact.path in shown.output
     report = CliRunner().invoke(main, ["inspect", "report", "--root", root.uri]).output
     assert "pairs/" in report and "(gone)" not in report
+    described = json.loads(CliRunner().invoke(main, ["inspect", "--json", "--root", root.uri]).stdout)
+    by_name = {f"{item['kind']}/{item['fingerprint']}": item for item in described}
+    assert by_name.keys() == {artifact.name for artifact in root.artifacts()}
+    for artifact in root.artifacts():
+        item = by_name[artifact.name]
+        assert item["tables"].get(artifact.kind, {"num_rows": 0})["num_rows"] == item["num_rows_out"]
+        assert {f"{kind.split('.')[0]}/{made}" for kind, made in item["inputs"].items()} <= {
+            source["name"] for source in item["made_from"]
+        }
 
 
 def test_the_report_is_one_file_that_says_what_ran(finished):

@@ -49,7 +49,7 @@ def draft(ray_running, tmp_path):
 def run(draft, worker):
     tasks = [Task(f"{work}", work) for work in (1, 2, 3)]
     publish = functools.partial(draft.publish, stats={"by": "us"})
-    return make(draft, "test", tasks, functools.partial(worker, draft), Workers(1), publish)
+    return make(draft, "test", tasks, functools.partial(worker, draft), Workers(max_workers=1), publish)
 
 
 def test_parts_are_in_task_order_and_a_failed_task_is_done_again(draft):
