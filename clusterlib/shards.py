@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clusterlib.tables import INDEX
 from clusterlib.tree import Tree
@@ -93,7 +94,7 @@ class ShardIndex:
         counts = index["num_rows"].to_numpy()
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self.num_rows = int(self._starts[-1])
-        codes = np.searchsorted(self.sources, index["source"].to_numpy(zero_copy_only=False).astype(str))
+        codes = pc.index_in(index["source"], pa.array(self.sources, pa.string())).to_numpy()
         leaves = index["leaf"].to_numpy()
         self.leaf_starts: dict[str, np.ndarray] = {}
         total = 0
