@@ -25,10 +25,9 @@ from clusterlib.config import Config
 from clusterlib.errors import StrataError
 from clusterlib.permutation import permute
 from clusterlib.shards import ShardIndex
-from clusterlib.tree import Tree
+from clusterlib.strata import Leftover, Segment, Stratum, by_cluster, by_source, cut_blocks, everything
 
 Strategy = Literal["random", "source", "cluster", "topic"]
-Leftover = Literal["drop", "merge", "source"]
 
 
 class PhaseConfig(Config):
@@ -144,65 +143,6 @@ class Batch:
     epoch: int
 
 
-@dataclass(frozen=True)
-class Stratum:
-    """Rows [first_row, first_row + num_rows) in leaf order."""
-
-    name: str
-    first_row: int
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Places [start, stop) of a stratum's permutation."""
-
-    stratum: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """The blocks of a source; with strategy random, those of all sources, under the name `all`.
-
-    Attributes:
-        strata: its own, in leaf order.
-        first_stratum: number of the first of them.
-        block_size: rows of a block.
-        edges: int64 [S + 1]; its i-th stratum fills blocks [edges[i], edges[i + 1]) alone.
-        mixed: the blocks made of leftovers, numbered after those.
-    """
-
-    name: str
-    strata: list[Stratum]
-    first_stratum: int
-    block_size: int
-    edges: np.ndarray
-    mixed: list[list[Segment]]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(stratum.num_rows for stratum in self.strata)
-
-    @property
-    def num_pure_blocks(self) -> int:
-        """Those of one stratum."""
-        return int(self.edges[-1])
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_pure_blocks + len(self.mixed)
-
-    def block(self, number: int) -> list[Segment]:
-        """What block `number` is made of."""
-        if number >= self.num_pure_blocks:
-            return self.mixed[number - self.num_pure_blocks]
-        place = int(np.searchsorted(self.edges, number, side="right")) - 1
-        start = (number - int(self.edges[place])) * self.block_size
-        return [Segment(self.first_stratum + place, start, start + self.block_size)]
-
-
 class Plan:
     """The batches of a run.
 
@@ -258,7 +198,7 @@ class Phase:
         self._blocks_per_batch = config.clusters_per_batch if self.settings.strategy == "topic" else 1
         _check_k(index, config, number)
         block_size = config.global_batch_size // self._blocks_per_batch
-        self.sources = _sources(index, self.settings, config.leftover, block_size)
+        self.sources = cut_blocks(index, _strata(index, self.settings), config.leftover, block_size)
         self.strata = [stratum for source in self.sources for stratum in source.strata]
         self.lap_batches = [source.num_blocks // self._blocks_per_batch for source in self.sources]
         if not any(self.lap_batches):
@@ -309,70 +249,10 @@ def _check_k(index: ShardIndex, config: BatchingConfig, number: int) -> None:
         raise StrataError(f"{name}={settings.k} is larger than the {most} leaves there are; raise cluster.num_leaves")
 
 
-def _sources(index: ShardIndex, settings: PhaseConfig, leftover: Leftover, size: int) -> list[Source]:
-    """The blocks of `size` rows of every source."""
-    sources = []
-    first = 0
-    for name, strata in _strata(index, settings).items():
-        counts = [stratum.num_rows // size for stratum in strata]
-        rests = [
-            Segment(first + place, count * size, stratum.num_rows)
-            for place, (count, stratum) in enumerate(zip(counts, strata, strict=True))
-        ]
-        mixed = _mixed(index.trees[name], leftover, rests, size) if settings.has_clusters else []
-        sources.append(Source(name, strata, first, size, np.cumsum([0, *counts]), mixed))
-        first += len(strata)
-    return sources
-
-
 def _strata(index: ShardIndex, settings: PhaseConfig) -> dict[str, list[Stratum]]:
     if settings.strategy == "random":
-        return {"all": [Stratum("all", 0, index.num_rows)]}
-    strata = {}
-    for source in index.sources:
-        tree, starts = index.trees[source], index.leaf_starts[source].tolist()
-        if not settings.has_clusters:
-            strata[source] = [Stratum(source, starts[0], starts[-1] - starts[0])]
-            continue
-        # A source with fewer leaves than k (it was too small for more) keeps them all.
-        nodes = tree.cut(min(settings.k or tree.num_leaves, tree.num_leaves))
-        edges = [starts[node.first_leaf] for node in nodes] + [starts[-1]]
-        strata[source] = [
-            Stratum(f"{source}/{place}", first, stop - first)
-            for place, (first, stop) in enumerate(itertools.pairwise(edges))
-        ]
-    return strata
-
-
-def _mixed(tree: Tree, leftover: Leftover, rests: list[Segment], size: int) -> list[list[Segment]]:
-    """Blocks made of what a source's strata leave over."""
-    if leftover == "drop":
-        return []
-    if leftover == "source":
-        return _fill(rests, size)[0]
-    blocks = []
-    pools = {node.id: [rest] for node, rest in zip(tree.cut(len(rests)), rests, strict=True)}
-    for left, right, joined in tree.merges_above(len(rests)):
-        full, pools[joined] = _fill(pools.pop(left) + pools.pop(right), size)
-        blocks += full
-    return blocks
-
-
-def _fill(pool: list[Segment], size: int) -> tuple[list[list[Segment]], list[Segment]]:
-    """As many blocks as the pool fills, and the segments that remain."""
-    blocks = []
-    taken: list[Segment] = []
-    missing = size
-    for segment in pool:
-        start = segment.start
-        while segment.stop - start >= missing:
-            blocks.append([*taken, Segment(segment.stratum, start, start + missing)])
-            start += missing
-            taken, missing = [], size
-        if start < segment.stop:
-            taken.append(Segment(segment.stratum, start, segment.stop))
-            missing -= segment.stop - start
-    return blocks, taken
+        return everything(index)
+    return by_cluster(index, settings.k) if settings.has_clusters else by_source(index)
 
 
 def _cap(counts: Sequence[int], fraction: float | None) -> list[int]:
