@@ -17,10 +17,10 @@ class Visits:
     Attributes:
         num_strata: strata that batches are drawn from.
         batches_per_stratum: the smallest, median and largest stratum's rows over the batch size.
-        coverage_fraction: rows visited, of all its rows.
+        coverage_fraction: rows visited, of all its rows; when there are several laps, in one of them.
         pure_fraction: batches whose rows are of one stratum (with topic: parts of batches), of all.
         num_dropped_rows: rows that fill no batch; which ones changes every lap.
-        num_repeated_rows: visits of rows that the epoch has visited before, as the source's weight asks.
+        num_repeated_rows: visits beyond the first lap, as the source's weight asks.
     """
 
     source: str
