@@ -2,88 +2,126 @@
 
 No files, no communication, no dependence on the number of ranks. A plan's memory grows with the number of
 strata, not rows, and batch i is had without batches 0..i-1, so a resumed run starts where it stopped.
+
+A run is a list of phases. A phase shuffles the rows of every stratum and cuts them into *blocks*; a block is
+a batch or, with strategy `topic`, one of the equal parts of a batch. A source goes through its blocks in
+*laps*: each lap shuffles rows and blocks anew and visits a row at most once. An epoch takes the next batches
+of every source's laps, in random order: a whole lap of each, unless weights or a cap ask for more or fewer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from clusterlib.config import Config
 from clusterlib.errors import StrataError
+from clusterlib.permutation import permute
 from clusterlib.shards import ShardIndex
+from clusterlib.strata import Leftover, Segment, Stratum, by_cluster, by_source, cut_blocks, everything
 
-_ROUNDS = 6
-_BATCH_ORDER = 2**32  # key of the order of batches; strata use their own numbers, which are smaller
+Strategy = Literal["random", "source", "cluster", "topic"]
+
+
+class PhaseConfig(Config):
+    """A part of the run that fills its batches in a way of its own."""
+
+    fraction: float = Field(..., gt=0, le=1, description="share of the run's steps; those of all phases add up to 1")
+    strategy: Strategy | None = Field(None, description="by default batching.strategy")
+    k: int | None = Field(None, ge=1, description="by default batching.k")
+
+    @property
+    def title(self) -> str:
+        """Such as `cluster k=10`."""
+        return f"{self.strategy} k={self.k}" if self.has_clusters and self.k else str(self.strategy)
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether batches are made of clusters, so that k matters."""
+        return self.strategy in ("cluster", "topic")
 
 
 class BatchingConfig(Config):
     """What fills a minibatch."""
 
-    strategy: Literal["random", "source", "cluster"] = Field(
+    strategy: Strategy = Field(
         "cluster",
         description="random: all sources mixed; source: one source a batch; cluster: one cluster of one "
-        "source a batch (arXiv 2407.18887)",
+        "source a batch (arXiv 2407.18887); topic: equal parts of several clusters of one source, drawn at "
+        "random (TAS-B, arXiv 2104.06967)",
     )
     k: int | None = Field(
         None, ge=1, description="clusters per source, up to cluster.num_leaves; by default every leaf is one"
     )
     global_batch_size: int = Field(..., ge=2, description="pairs a step, over all ranks")
-    leftover: Literal["drop", "merge", "source"] = Field(
+    clusters_per_batch: int = Field(4, ge=2, description="parts of a batch of strategy topic, each of one cluster")
+    leftover: Leftover = Field(
         "merge",
-        description="rows of a cluster that fill no batch: drop them, merge them with those of the nearest "
-        "cluster along the tree, or pool them per source; what then fills no batch is dropped. Which rows "
-        "these are changes every epoch",
+        description="rows of a cluster that fill no batch (with topic: no part of one): drop them, merge them "
+        "with those of the nearest cluster along the tree, or pool them per source; what then fills no batch "
+        "is dropped. Which rows these are changes every lap of the source",
+    )
+    phases: list[PhaseConfig] = Field(
+        [], description="a curriculum: parts of the run, in order, each with a strategy and k; by default one"
+    )
+    source_weights: dict[str, float] = Field(
+        {},
+        description="source -> how often an epoch visits its batches: 2 repeats each of its rows, 0.5 visits "
+        "half of them and leaves the others to the next epoch; by default 1",
+    )
+    max_source_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of an epoch's batches that no source may exceed, its weight applied; what a source "
+        "has more is left to the next epochs",
     )
     seed: int = Field(0, ge=0)
 
+    @field_validator("phases")
+    @classmethod
+    def _whole_run(cls, phases: list[PhaseConfig]) -> list[PhaseConfig]:
+        total = sum(phase.fraction for phase in phases)
+        if phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"the fractions of the {len(phases)} phases add up to {total:.6g}; make it 1")
+        return phases
 
-def permute(keys: np.ndarray, size: int, rounds_keys: Sequence[int]) -> np.ndarray:
-    """Entries `keys` of a pseudorandom permutation of range(size), without the other entries.
+    @field_validator("source_weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for source, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"{source} has weight {weight}; give a positive number")
+        return weights
 
-    A balanced Feistel network over the next even number of bits, walked along its cycle until the value is
-    in range (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", doi:10.1007/3-540-45760-7_9).
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        strategies = {phase.strategy for phase in self.schedule()}
+        if "topic" in strategies and self.global_batch_size % self.clusters_per_batch:
+            raise ValueError(
+                f"clusters_per_batch={self.clusters_per_batch} does not divide "
+                f"global_batch_size={self.global_batch_size}; a topic batch has equal parts"
+            )
+        if "random" in strategies and (self.source_weights or self.max_source_fraction):
+            raise ValueError(
+                "source_weights and max_source_fraction choose between batches of different sources, and a random "
+                "batch mixes all sources; use strategy source, cluster or topic, or set neither"
+            )
+        return self
 
-    Args:
-        keys: [n], values in range(size).
-        rounds_keys: what makes this permutation differ from others, such as seed, epoch and stratum.
-
-    Returns:
-        int64 [n], distinct for distinct keys, values in range(size).
-    """
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    salts = np.random.SeedSequence(list(rounds_keys)).generate_state(_ROUNDS, np.uint64)
-    values = np.asarray(keys, np.uint64).copy()
-    pending = np.ones(len(values), bool)
-    while pending.any():
-        left, right = values[pending] >> half, values[pending] & mask
-        for salt in salts:
-            left, right = right, left ^ (mix(right + salt) & mask)
-        values[pending] = (left << half) | right
-        pending[pending] = values[pending] >= size
-    return values.astype(np.int64)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014, doi:10.1145/2714064.2660195), uint64 to uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """Rows [first_row, first_row + num_rows) in leaf order, of which every regular batch takes its own."""
-
-    name: str
-    source: str | None
-    first_row: int
-    num_rows: int
+    def schedule(self) -> list[PhaseConfig]:
+        """The phases, nothing left to default; one, of all steps, when none are set."""
+        return [
+            PhaseConfig(fraction=phase.fraction, strategy=phase.strategy or self.strategy, k=phase.k or self.k)
+            for phase in self.phases or [PhaseConfig(fraction=1)]
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,145 +130,145 @@ class Batch:
 
     Attributes:
         rows: int64 [B], numbers in leaf order, all different.
-        strata: numbers of the strata the rows are from; one unless the batch is made of leftovers.
-        label: name of the stratum, or of the pool of leftovers.
+        strata: numbers of the strata of its phase that the rows are from, each once.
+        label: name of the stratum; `SOURCE/mixed` when there are several.
+        phase: number of its phase.
+        epoch: of that phase, from 0.
     """
 
     rows: np.ndarray
     strata: tuple[int, ...]
     label: str
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Places [start, stop) of a stratum's permutation."""
-
-    stratum: int
-    start: int
-    stop: int
+    phase: int
+    epoch: int
 
 
 class Plan:
-    """The batches of every epoch.
-
-    Attributes:
-        strata: in leaf order.
-        num_batches: per epoch; the same for every epoch.
-        num_pure_batches: those whose rows are of one stratum.
-        num_rows, num_planned_rows: rows there are, and rows an epoch visits, each once.
+    """The batches of a run.
 
     Raises:
-        StrataError: `k` is larger than any tree, or no stratum fills a batch.
+        StrataError: `k` is larger than any tree, no stratum fills a batch, a weighted source is not there,
+            or there are too few sources for the cap.
     """
 
     def __init__(self, index: ShardIndex, config: BatchingConfig) -> None:
+        for source in sorted(set(config.source_weights) - set(index.sources)):
+            known = ", ".join(index.sources)
+            raise StrataError(f"batching.source_weights.{source}: no such source; there are {known}")
         self.config = config
-        self.strata = _strata(index, config)
         self.num_rows = index.num_rows
-        size = config.global_batch_size
-        self._regular = np.cumsum([0] + [stratum.num_rows // size for stratum in self.strata])
-        self._pooled = list(_pool(index, config, self.strata))
-        self.num_batches = int(self._regular[-1]) + len(self._pooled)
-        self.num_pure_batches = int(self._regular[-1]) + sum(len(pool) == 1 for _, pool in self._pooled)
-        self.num_planned_rows = self.num_batches * size
-        if not self.num_batches:
+        self.phases = [Phase(index, config, number) for number in range(len(config.schedule()))]
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps of a run whose phases, each with its share of the steps, make `epochs` epochs together."""
+        epochs_per_step = sum(phase.settings.fraction / phase.num_batches for phase in self.phases)
+        return max(1, round(epochs / epochs_per_step))
+
+    def first_steps(self, num_steps: int) -> list[int]:
+        """The first step of each phase in a run of `num_steps`, and `num_steps`."""
+        ends = itertools.accumulate(phase.settings.fraction for phase in self.phases[:-1])
+        return [0, *(round(end * num_steps) for end in ends), num_steps]
+
+    def step(self, step: int, num_steps: int) -> Batch:
+        """The batch of optimizer step `step` of a run of `num_steps`."""
+        if not 0 <= step < num_steps:
+            raise IndexError(f"step {step} of a run of {num_steps}")
+        first = self.first_steps(num_steps)
+        number = bisect_right(first, step) - 1
+        phase = self.phases[number]
+        return phase.batch(*divmod(step - first[number], phase.num_batches))
+
+
+class Phase:
+    """The batches of every epoch of one strategy and k.
+
+    Attributes:
+        settings: its entry of `BatchingConfig.schedule`.
+        sources: in leaf order.
+        strata: those of all sources, in leaf order.
+        lap_batches: of each source, batches that visit its rows once.
+        epoch_batches: of each source, batches of an epoch.
+        num_batches: of an epoch; the same for every epoch.
+    """
+
+    def __init__(self, index: ShardIndex, config: BatchingConfig, number: int) -> None:
+        self.settings = config.schedule()[number]
+        self._number = number
+        self._seed = config.seed
+        self._blocks_per_batch = config.clusters_per_batch if self.settings.strategy == "topic" else 1
+        _check_k(index, config, number)
+        block_size = config.global_batch_size // self._blocks_per_batch
+        self.sources = cut_blocks(index, _strata(index, self.settings), config.leftover, block_size)
+        self.strata = [stratum for source in self.sources for stratum in source.strata]
+        self.lap_batches = [source.num_blocks // self._blocks_per_batch for source in self.sources]
+        if not any(self.lap_batches):
             largest = max(self.strata, key=lambda stratum: stratum.num_rows)
             raise StrataError(
-                f"batching.global_batch_size={size}: no stratum fills a batch; the largest of "
-                f"{len(self.strata)} is {largest.name} with {largest.num_rows} rows; set a smaller batch, a "
-                f"smaller batching.k, or batching.leftover=merge (it is {config.leftover})"
+                f"batching.global_batch_size={config.global_batch_size}: no stratum fills a batch with "
+                f"{self.settings.title}; the largest of {len(self.strata)} is {largest.name} with "
+                f"{largest.num_rows} rows; set a smaller batch, a smaller batching.k, or batching.leftover=merge "
+                f"(it is {config.leftover})"
             )
+        weights = [config.source_weights.get(source.name, 1) for source in self.sources]
+        wanted = [math.ceil(weight * lap) for weight, lap in zip(weights, self.lap_batches, strict=True)]
+        self.epoch_batches = _cap(wanted, config.max_source_fraction)
+        self._first = np.cumsum([0, *self.epoch_batches])  # of each source among an epoch's batches, unshuffled
+        self.num_batches = int(self._first[-1])
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Batch `index` of `epoch`."""
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of an epoch of {self.num_batches}")
-        place = int(self._permute(np.array([index]), self.num_batches, epoch, _BATCH_ORDER)[0])
-        if place < self._regular[-1]:
-            number = int(np.searchsorted(self._regular, place, side="right")) - 1
-            start = (place - int(self._regular[number])) * self.config.global_batch_size
-            segments = [_Segment(number, start, start + self.config.global_batch_size)]
-            label = self.strata[number].name
-        else:
-            label, segments = self._pooled[place - int(self._regular[-1])]
-        rows = np.concatenate([self._rows(epoch, segment) for segment in segments])
-        return Batch(rows, tuple(segment.stratum for segment in segments), label)
+        place = int(self._permute(index, index + 1, self.num_batches, epoch, 0)[0])
+        number = int(np.searchsorted(self._first, place, side="right")) - 1
+        source, parts = self.sources[number], self._blocks_per_batch
+        # A source's batches are counted on through all epochs, so its laps need not end with them.
+        count = epoch * self.epoch_batches[number] + place - int(self._first[number])
+        lap, place = divmod(count, self.lap_batches[number])
+        blocks = self._permute(place * parts, (place + 1) * parts, source.num_blocks, lap, 1 + number)
+        segments = [segment for block in blocks for segment in source.block(int(block))]
+        rows = np.concatenate([self._rows(segment, lap) for segment in segments])
+        strata = tuple(dict.fromkeys(segment.stratum for segment in segments))
+        label = self.strata[strata[0]].name if len(strata) == 1 else f"{source.name}/mixed"
+        return Batch(rows, strata, label, self._number, epoch)
 
-    def step(self, step: int) -> Batch:
-        """The batch of optimizer step `step`, counted over epochs."""
-        return self.batch(*divmod(step, self.num_batches))
-
-    def _rows(self, epoch: int, segment: _Segment) -> np.ndarray:
+    def _rows(self, segment: Segment, lap: int) -> np.ndarray:
         stratum = self.strata[segment.stratum]
-        places = np.arange(segment.start, segment.stop)
-        return stratum.first_row + self._permute(places, stratum.num_rows, epoch, segment.stratum)
+        key = 1 + len(self.sources) + segment.stratum
+        return stratum.first_row + self._permute(segment.start, segment.stop, stratum.num_rows, lap, key)
 
-    def _permute(self, places: np.ndarray, size: int, epoch: int, key: int) -> np.ndarray:
-        return permute(places, size, (self.config.seed, epoch, key))
-
-
-def _strata(index: ShardIndex, config: BatchingConfig) -> list[Stratum]:
-    if config.strategy == "random":
-        return [Stratum("all", None, 0, index.num_rows)]
-    strata = []
-    for source in index.sources:
-        starts = index.leaf_starts[source]
-        if config.strategy == "source":
-            strata.append(Stratum(source, source, int(starts[0]), int(starts[-1] - starts[0])))
-            continue
-        for place, node in enumerate(index.trees[source].cut(_cut_size(index, config, source))):
-            first, stop = starts[node.first_leaf], starts[node.first_leaf + node.num_leaves]
-            strata.append(Stratum(f"{source}/{place}", source, int(first), int(stop - first)))
-    return strata
+    def _permute(self, start: int, stop: int, size: int, turn: int, key: int) -> np.ndarray:
+        return permute(np.arange(start, stop), size, (self._seed, self._number, turn, key))
 
 
-def _cut_size(index: ShardIndex, config: BatchingConfig, source: str) -> int:
-    """k for a source: a source with fewer leaves than k (it was too small for more) keeps them all."""
-    num_leaves = index.trees[source].num_leaves
+def _check_k(index: ShardIndex, config: BatchingConfig, number: int) -> None:
+    settings = config.schedule()[number]
     most = max(tree.num_leaves for tree in index.trees.values())
-    if config.k is not None and config.k > most:
-        raise StrataError(f"batching.k={config.k} is larger than the {most} leaves there are; raise cluster.num_leaves")
-    return min(config.k or num_leaves, num_leaves)
+    if settings.has_clusters and settings.k is not None and settings.k > most:
+        name = f"batching.phases.{number}.k" if config.phases else "batching.k"
+        raise StrataError(f"{name}={settings.k} is larger than the {most} leaves there are; raise cluster.num_leaves")
 
 
-def _pool(index: ShardIndex, config: BatchingConfig, strata: Sequence[Stratum]) -> Iterator[tuple[str, list[_Segment]]]:
-    """Batches made of what the strata's own batches leave over: (label, segments)."""
-    if config.strategy != "cluster" or config.leftover == "drop":
-        return
-    size = config.global_batch_size
-    numbers: dict[str, list[int]] = {source: [] for source in index.sources}
-    for number, stratum in enumerate(strata):
-        assert stratum.source is not None
-        numbers[stratum.source].append(number)
-    for source, members in numbers.items():
-        rests = [
-            [_Segment(number, strata[number].num_rows // size * size, strata[number].num_rows)] for number in members
-        ]
-        if config.leftover == "source":
-            pool = [segment for rest in rests for segment in rest]
-            yield from _fill(pool, size, f"{source}/leftover")[0]
-            continue
-        tree = index.trees[source]
-        pools = {node.id: rest for node, rest in zip(tree.cut(len(members)), rests, strict=True)}
-        for left, right, joined in tree.merges_above(len(members)):
-            full, rest = _fill(pools.pop(left) + pools.pop(right), size, f"{source}/merged")
-            pools[joined] = rest
-            yield from full
+def _strata(index: ShardIndex, settings: PhaseConfig) -> dict[str, list[Stratum]]:
+    if settings.strategy == "random":
+        return everything(index)
+    return by_cluster(index, settings.k) if settings.has_clusters else by_source(index)
 
 
-def _fill(pool: list[_Segment], size: int, label: str) -> tuple[list[tuple[str, list[_Segment]]], list[_Segment]]:
-    """As many batches as the pool fills, and the segments that remain."""
-    batches = []
-    taken: list[_Segment] = []
-    missing = size
-    for segment in pool:
-        start = segment.start
-        while segment.stop - start >= missing:
-            taken.append(_Segment(segment.stratum, start, start + missing))
-            start += missing
-            batches.append((label, [piece for piece in taken if piece.stop > piece.start]))
-            taken, missing = [], size
-        if start < segment.stop:
-            taken.append(_Segment(segment.stratum, start, segment.stop))
-            missing -= segment.stop - start
-    return batches, taken
+def _cap(counts: Sequence[int], fraction: float | None) -> list[int]:
+    """Batches of each source, cut to the largest number that is no more than `fraction` of what all then have."""
+    if fraction is None:
+        return list(counts)
+
+    def excess(most: int) -> float:
+        return most - fraction * sum(min(count, most) for count in counts)
+
+    # The excess is convex and 0 at 0: up to the number looked for it is not positive, above it is.
+    most = bisect_right(range(1, max(counts) + 1), 1e-9, key=excess)
+    if not most:
+        filling = sum(count > 0 for count in counts)
+        raise StrataError(
+            f"batching.max_source_fraction={fraction}: {filling} sources fill batches, so one has at least "
+            f"1/{filling} of them; set a larger share"
+        )
+    return [min(count, most) for count in counts]

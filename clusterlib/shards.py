@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clusterlib.artifact import Artifact
 from clusterlib.tables import INDEX
@@ -79,8 +80,7 @@ class ShardIndex:
     def __init__(self, index: pa.Table, trees: Mapping[str, Tree]) -> None:
         self.trees = dict(trees)
         self.sources = sorted(trees)
-        present, codes = _codes(index["source"])
-        codes = np.searchsorted(self.sources, present)[codes]
+        codes = pc.index_in(index["source"], pa.array(self.sources, pa.string())).to_numpy()
         leaves, files = index["leaf"].to_numpy(), index["file"].to_numpy()
         order = np.lexsort((files, leaves, codes))
         self._files = files[order]

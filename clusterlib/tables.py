@@ -48,10 +48,11 @@ INDEX = pa.schema(
     ]
 )
 
-# One row for every optimizer step; means are over the global batch.
+# One row for every optimizer step; epochs are counted in each phase, means are over the global batch.
 STEPS = pa.schema(
     [
         ("step", pa.int64()),
+        ("phase", pa.int64()),
         ("epoch", pa.int64()),
         ("stratum", pa.string()),
         ("loss", pa.float64()),

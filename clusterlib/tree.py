@@ -6,6 +6,7 @@ range of leaves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,14 @@ class Tree:
     num_leaves: int
     children: np.ndarray
 
-    def node(self, node: int) -> Node:
-        first, last = node, node
-        while first >= self.num_leaves:
-            first = int(self.children[first - self.num_leaves, 0])
-        while last >= self.num_leaves:
-            last = int(self.children[last - self.num_leaves, 1])
-        return Node(node, first, last - first + 1)
+    @functools.cached_property
+    def nodes(self) -> list[Node]:
+        """All 2L-1 nodes by id."""
+        nodes = [Node(leaf, leaf, 1) for leaf in range(self.num_leaves)]
+        for left, right in self.children.tolist():
+            below = nodes[left], nodes[right]
+            nodes.append(Node(len(nodes), below[0].first_leaf, below[0].num_leaves + below[1].num_leaves))
+        return nodes
 
     def cut(self, k: int) -> list[Node]:
         """The k clusters left when only the cheapest merges are made, in leaf order.
@@ -56,13 +58,13 @@ class Tree:
         if not 1 <= k <= self.num_leaves:
             raise ValueError(f"a tree of {self.num_leaves} leaves has no cut of {k}")
         made = 2 * self.num_leaves - k  # nodes that exist once L - k merges are done
-        joined = {int(child) for child in self.children[: self.num_leaves - k].reshape(-1)}
-        nodes = [self.node(node) for node in range(made) if node not in joined]
-        return sorted(nodes, key=lambda node: node.first_leaf)
+        joined = set(self.children[: self.num_leaves - k].ravel().tolist())
+        left = [node for node in self.nodes[:made] if node.id not in joined]
+        return sorted(left, key=lambda node: node.first_leaf)
 
     def to_table(self, source: str, leaf_sizes: Sequence[int]) -> pa.Table:
         """All 2L-1 nodes as a table of schema TREE, leaves first; children of a leaf are null."""
-        nodes = [self.node(node) for node in range(2 * self.num_leaves - 1)]
+        nodes = self.nodes
         edges = np.concatenate([[0], np.cumsum(leaf_sizes)])
         nothing = [None] * self.num_leaves
         columns: list[Any] = [

@@ -161,6 +161,26 @@ def _tune(recipe: str, overrides: tuple[str, ...], root: str, address: str | Non
         raise StrataError("some trials failed")
 
 
+@main.command("plan", cls=_Command)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[SETTING=VALUE]...")
+@_root
+def _plan(recipe: str, overrides: tuple[str, ...], root: str) -> None:
+    """Show what fills the batches of every arm of RECIPE, from finished shards and before training.
+
+    Sizes of strata are the smallest, the median and the largest, in batches. Covered are the rows that an
+    epoch visits; dropped are those that fill no batch, others every time; repeated those visited again.
+    """
+    config = _load(recipe, overrides)
+    from clusterlib.artifact import Root
+    from pipelines.plan import format_plan
+    from pipelines.run import Run
+
+    run = Run(config, Root(root))
+    for arm, phases in run.plan().items():
+        click.echo(f"{format_plan(arm, phases, run.arms[arm].config.batching.global_batch_size)}\n")
+
+
 @main.command("submit", cls=_Command)
 @click.argument("command", type=click.Choice(["run", *STAGES, "tune"]))
 @click.argument("recipe")

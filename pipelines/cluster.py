@@ -16,7 +16,7 @@ from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.diagnostics import agreement, imbalance
 from clusterlib.errors import StrataError
-from clusterlib.plan import mix
+from clusterlib.permutation import mix
 from clusterlib.tables import centroids_schema, fixed_size_list
 from pipelines.stage import Task, Workers, largest_node_bytes, make
 

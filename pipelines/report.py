@@ -148,10 +148,12 @@ def _funnel(first: Mapping[str, Artifact], arms: Mapping[str, Mapping[str, Artif
         ("in shards", first["shards"].num_rows, ""),
     ]
     for arm, kinds in arms.items():
-        fraction = kinds["model"].stats["coverage_fraction"]
-        rows = round(fraction * kinds["shards"].num_rows)
-        pure = kinds["model"].stats["pure_fraction"]
-        steps.append((f"an epoch of {arm}", rows, f"{fraction:.1%} covered, {pure:.0%} of batches hold one stratum"))
+        for phase in kinds["model"].stats["phases"]:
+            visits = phase["total"]
+            rows = round(visits["coverage_fraction"] * visits["num_rows"])
+            pure = f"{visits['pure_fraction']:.0%} of batches hold one stratum"
+            remark = f"{phase['title']}: {visits['coverage_fraction']:.1%} covered, {pure}"
+            steps.append((f"an epoch of {arm}", rows, remark))
     return steps
 
 
@@ -163,8 +165,9 @@ def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
         rows.append(
             {
                 "arm": arm,
-                **{name: batching[name] for name in ("strategy", "k", "leftover", "global_batch_size")},
-                "num_strata": stats["num_strata"],
+                "phases": ", then ".join(phase["title"] for phase in stats["phases"]),
+                "num_strata": ", ".join(f"{phase['total']['num_strata']:,}" for phase in stats["phases"]),
+                **{name: batching[name] for name in ("leftover", "global_batch_size")},
                 "num_steps": stats["num_steps"],
                 "num_parameters": stats["num_parameters"],
                 "pairs_per_second": pairs / stats["train_seconds"],
@@ -238,16 +241,19 @@ class ClusterRow:
 
 
 def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
-    """Clusters of every source at the k of the first arm that batches by cluster (else the first arm's)."""
-    by_cluster = [kinds for kinds in arms.values() if kinds["model"].config["batching"]["strategy"] == "cluster"]
-    kinds = (by_cluster or list(arms.values()))[0]
-    batching = BatchingConfig.model_validate({**kinds["model"].config["batching"], "strategy": "cluster"})
+    """Clusters of every source at the k of the first phase that batches by cluster (else of the first phase)."""
+    phases = [
+        (kinds, phase)
+        for kinds in arms.values()
+        for phase in BatchingConfig.model_validate(kinds["model"].config["batching"]).schedule()
+    ]
+    kinds, phase = next((found for found in phases if found[1].has_clusters), phases[0])
     index = shard_index(kinds["shards"])
     centroids = leaf_centroids(kinds["centroids"])
     field = kinds["centroids"].config["cluster"]["field"]
     sources = []
     for source, tree in index.trees.items():
-        nodes = tree.cut(min(batching.k or tree.num_leaves, tree.num_leaves))
+        nodes = tree.cut(min(phase.k or tree.num_leaves, tree.num_leaves))
         starts = index.leaf_starts[source]
         sizes = [int(starts[node.first_leaf + node.num_leaves] - starts[node.first_leaf]) for node in nodes]
         rows = _describe(kinds["embeddings"], source, field, nodes, sizes, centroids[source])

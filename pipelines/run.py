@@ -12,14 +12,16 @@ from pydantic import Field
 
 from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config, override, read_yaml, runtime, validate
+from clusterlib.diagnostics import PhaseSummary, summarize
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig
+from clusterlib.plan import BatchingConfig, Plan
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
 from pipelines.evaluate import MEAN, EvaluateConfig, evaluate, scores_spec
 from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
+from train.data import shard_index
 from train.launch import model_spec, train
 from train.loop import TrainConfig
 from train.model import ModelRef
@@ -152,6 +154,14 @@ class Run:
             )
             for arm, chain in self.arms.items()
         }
+
+    def plan(self) -> dict[str, list[PhaseSummary]]:
+        """What the phases of each arm will see."""
+        summaries = {}
+        for arm, chain in self.arms.items():
+            plan = Plan(shard_index(self._open(chain.shards, "shard")), chain.config.batching)
+            summaries[arm] = summarize(plan, chain.config.train.num_steps(plan))
+        return summaries
 
     def train(self) -> dict[str, Artifact]:
         return {

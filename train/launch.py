@@ -38,7 +38,7 @@ _LOG_SECONDS = 10
 
 def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str) -> Spec:
     """What a trained model is made from; `shards` is a fingerprint."""
-    return Spec("model", 1, {"train": config, "batching": batching}, {"shards": shards})
+    return Spec("model", 2, {"train": config, "batching": batching}, {"shards": shards})
 
 
 def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root: Root, name: str) -> Artifact:
@@ -68,7 +68,11 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
     _check_same_ranks(draft, config)
     receipt = draft.receipt(EXPORT)
     if receipt is None:
-        _fit(config, batching, shards, draft, f"{name}: {plan.num_batches} batches an epoch, {len(plan.strata)} strata")
+        phases = "; then ".join(
+            f"{phase.settings.title}: {phase.num_batches} batches an epoch, {len(phase.strata)} strata"
+            for phase in plan.phases
+        )
+        _fit(config, batching, shards, draft, f"{name}: {phases}")
         receipt = draft.receipt(EXPORT)
     if receipt is None:
         raise RuntimeError(f"{draft.path}: training ended without an exported model")
@@ -178,7 +182,7 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
     stats = {
         "num_steps": progress.step,
         "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),
-        **dataclasses.asdict(summarize(plan)),
+        "phases": [dataclasses.asdict(phase) for phase in summarize(plan, progress.step)],
         "train_seconds": sum(record["step_seconds"] for record in progress.records),
         "data_seconds": sum(record["data_seconds"] for record in progress.records),
     }
@@ -198,10 +202,11 @@ def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
         "tags": ["sentence-transformers", "feature-extraction", "strata"],
     }
     recipe = yaml.safe_dump(dump(draft.spec.config), sort_keys=False)
+    strategies = ", then ".join(f"`{phase.settings.title}`" for phase in plan.phases)
     return (
         f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
         f"Trained by Strata on {plan.num_rows} pairs of {', '.join(shards.stats['num_rows_by_source'])} "
-        f"({shards.name}), with in-batch negatives chosen by the strategy `{plan.config.strategy}` "
+        f"({shards.name}), with in-batch negatives chosen by the strategy {strategies} "
         f"(arXiv 2407.18887).\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'model = SentenceTransformer("path/to/this/folder")\n'
         f"similarity = model.similarity(model.encode_query([query]), model.encode_document(passages))\n```\n\n"

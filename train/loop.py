@@ -28,7 +28,9 @@ class TrainConfig(Config):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
     steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the planned batches")
+    epochs: float | None = Field(
+        None, gt=0, description="epochs of the plan; with phases, their number of epochs added up"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the encoder's arithmetic; weights, similarities and the loss are float32"
     )
@@ -49,7 +51,7 @@ class TrainConfig(Config):
         return self
 
     def num_steps(self, plan: Plan) -> int:
-        return self.steps or max(1, round((self.epochs or 0) * plan.num_batches))
+        return self.steps or plan.num_steps(self.epochs or 0)
 
 
 @dataclass
@@ -82,7 +84,7 @@ def fit(
     num_steps = config.num_steps(plan)
     for step in range(progress.step, num_steps):
         started = time.perf_counter()
-        planned = plan.step(step)
+        planned = plan.step(step, num_steps)
         batch = store.read(planned.rows, rank, num_ranks, config.micro_batch_size).to(engine.device)
         read = time.perf_counter()
 
@@ -94,7 +96,8 @@ def fit(
         progress.records.append(
             {
                 "step": step,
-                "epoch": step // plan.num_batches,
+                "phase": planned.phase,
+                "epoch": planned.epoch,
                 "stratum": planned.label,
                 **dict(zip(MEASURES, measures.tolist(), strict=True)),
                 "learning_rate": learning_rate,

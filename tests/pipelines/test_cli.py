@@ -123,6 +123,26 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
     assert not (tmp_path / "root").exists()
 
 
+def test_plan_shows_what_each_arm_will_see(recipe, shards, tmp_path, monkeypatch):
+    refused(strata("plan", recipe, "--root", tmp_path), "no finished artifact there; run `strata shard`")
+    made, rows = shards
+    monkeypatch.setattr("pipelines.run.Run._open", lambda *_: made)
+    arm = "arms={half: {batching.phases: [{fraction: 0.5, strategy: random}, {fraction: 0.5, strategy: source}]}}"
+    result = strata("plan", recipe, arm, "train.steps=21")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines() if line]
+    assert lines[0][:6] == ["half:", "21", "steps", "of", "16", "pairs;"]
+    sources = rows["source"].to_pylist()
+    sizes = {source: sources.count(source) for source in ("a", "b")}
+    whole = {source: size // 16 for source, size in sizes.items()}
+    total = sum(whole.values())
+    assert lines[2][:2] == ["random", "10"] and lines[2][-5:] == ["100.0%", "100.0%", "100.0%", "0", "0"]
+    assert lines[3][:5] == ["source", "11", f"{11 / total:.2f}", "all", "2"]
+    for line, (source, size) in zip(lines[4:], sizes.items(), strict=True):
+        covered = [f"{whole[source] / total:.1%}", f"{whole[source] * 16 / size:.1%}", "100.0%", str(size % 16), "0"]
+        assert line == [source, "1", *[f"{size / 16:.1f}"] * 3, str(whole[source]), *covered]
+
+
 def test_the_papers_recipe_resolves_without_network_or_data(tmp_path):
     started = time.monotonic()
     result = strata("run", "msmarco", "--dry-run", "--root", tmp_path)

@@ -79,7 +79,7 @@ def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
         assert {row["stratum"].split("/")[0] for row in steps} == {"all" if strategy == "random" else "jsonl"}
         assert all(np.isfinite([row["loss"], row["gradient_norm"], row["hardness"]]).all() for row in steps)
         assert not Path(model.path, "checkpoints").exists()
-        assert model.stats["pure_fraction"] == 1.0 or strategy == "cluster"
+        assert model.stats["phases"][0]["total"]["pure_fraction"] == 1.0 or strategy == "cluster"
 
 
 def test_the_student_learns(finished):

@@ -66,7 +66,7 @@ def main():
     for name, case in settings["cases"].items():
         config = TrainConfig.model_validate({**case, "num_workers": num_ranks})
         engine = build(config)
-        batch = store.read(plan.step(0).rows, rank, num_ranks, config.micro_batch_size)
+        batch = store.read(plan.step(0, 1).rows, rank, num_ranks, config.micro_batch_size)
         torch.manual_seed(0)
         measures = accumulate_gradient(engine, batch, config.loss.temperature)
         kept = keep_gradient(engine)

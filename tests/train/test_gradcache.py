@@ -37,7 +37,7 @@ def setting(shards, tmp_path, architecture):
         )
         learner = PlainLearner(build_student(student, tokenizer, 64, seed=1))
         torch.manual_seed(5)
-        batch = store.read(plan.batch(0, 1).rows, 0, 1, micro_batch_size)
+        batch = store.read(plan.step(1, 2).rows, 0, 1, micro_batch_size)
         measures = accumulate_gradient(learner, batch, 0.05)
         return torch.cat([weight.grad.ravel() for weight in learner.model.parameters()]), measures, learner, batch
 

@@ -92,7 +92,7 @@ def reference(outcome, tmp_path_factory):
     index = shard_index(shards)
     plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=BATCH))
     store = TokenStore(cache_shards(shards, tmp_path_factory.mktemp("cache")), index, tokenizer.pad_token_id)
-    batch = store.read(plan.step(0).rows, 0, 1, BATCH)
+    batch = store.read(plan.step(0, 1).rows, 0, 1, BATCH)
     model = build_student(StudentConfig(architecture=architecture), tokenizer, 64, seed=3).double()
     query, passage = (_embed(model, side) for side in (batch.query, batch.passage))
     losses = []
