@@ -17,6 +17,9 @@ import pyarrow.compute as pc
 
 from clusterlib.tables import TREE
 
+_REFINED_FRACTION = 4  # of the nodes of a level are the clusters refined next
+_MOST_SWEEPS = 20
+
 
 @dataclass(frozen=True)
 class Node:
@@ -97,18 +100,117 @@ def from_table(table: pa.Table) -> dict[str, Tree]:
 
 
 def build(means: np.ndarray, sizes: np.ndarray) -> tuple[Tree, np.ndarray]:
-    """Merge leaves by Ward's criterion weighted by size, with the nearest-neighbour chain algorithm.
+    """Merge leaves into a tree whose every cut is nearly as tight as a flat clustering of the points.
 
-    Joining clusters of n and m points with means a and b costs n m / (n + m) |a - b|^2, the growth of the
-    within-cluster sum of squares (Ward 1963, doi:10.1080/01621459.1963.10500845; chain: Murtagh 1983,
-    doi:10.1093/comjnl/26.4.354). Memory is O(L D); no matrix of L^2 distances is kept.
+    By Ward's criterion, but not in one go: the cut into a quarter as many clusters is refined by moving single
+    nodes, then the nodes are merged within the refined clusters, and so on with those as nodes.
+    pipelines/recipes/RESULTS.md compares with plain Ward and with top-down splitting.
 
     Args:
-        means: float [L, D], the mean of each leaf's points (not normalised).
+        means: float [L, D], the mean of each leaf's unit vectors (not normalised).
         sizes: [L], the number of points in each leaf, all positive.
 
     Returns:
         The tree, and the order that renumbers the leaves: new leaf i is old leaf order[i].
+    """
+    num_leaves = len(means)
+    nodes = np.arange(num_leaves)
+    sizes = np.asarray(sizes, float)
+    sums = means * sizes[:, None]
+    merges: list[_Merge] = []
+    level = 0
+    while len(nodes) > 1:
+        means, k = sums / sizes[:, None], max(1, len(nodes) // _REFINED_FRACTION)
+        clusters = _refine(sums, _ward_cut(means, sizes, k))
+        tops = []
+        for cluster in range(k):
+            members = np.flatnonzero(clusters == cluster)
+            names = nodes[members].tolist()
+            for left, right, cost in _ward(means[members], sizes[members]):
+                names.append(num_leaves + len(merges))
+                merges.append(_Merge(names[left], names[right], level, cost))
+            tops.append(names[-1])
+        nodes = np.array(tops)
+        sums = _sums(sums, clusters, k)
+        sizes = np.bincount(clusters, sizes)
+        level += 1
+    return _number(num_leaves, merges)
+
+
+def ward(means: np.ndarray, sizes: np.ndarray) -> tuple[Tree, np.ndarray]:
+    """The plain Ward tree of the leaves; arguments and result as of `build`."""
+    num_leaves = len(means)
+    return _number(num_leaves, [_Merge(left, right, 0, cost) for left, right, cost in _ward(means, sizes)])
+
+
+def _ward_cut(means: np.ndarray, sizes: np.ndarray, k: int) -> np.ndarray:
+    """Cluster of each leaf in the Ward tree's cut of k, int64 [L]."""
+    tree, order = ward(means, sizes)
+    clusters = np.empty(len(means), np.int64)
+    clusters[order] = np.repeat(np.arange(k), [node.num_leaves for node in tree.cut(k)])
+    return clusters
+
+
+def _refine(sums: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Move one node at a time while that tightens the clusters (Hartigan & Wong 1979, doi:10.2307/2346830).
+
+    The similarity of all unit vectors of a cluster to their mean direction adds up to the length of their sum; a
+    move is made where it raises the lengths' total. No cluster is emptied.
+
+    Args:
+        sums: float [n, D], the sum of the unit vectors of each node's points.
+        clusters: int64 [n].
+    """
+    clusters = clusters.copy()
+    totals = _sums(sums, clusters, int(clusters.max()) + 1)
+    lengths = np.linalg.norm(totals, axis=1)
+    counts = np.bincount(clusters)
+    squares = (sums**2).sum(axis=1)
+    for _ in range(_MOST_SWEEPS):
+        num_moved = 0
+        for node, (vector, square) in enumerate(zip(sums, squares, strict=True)):
+            home = clusters[node]
+            if counts[home] == 1:
+                continue
+            products = totals @ vector
+            gains = np.sqrt(lengths**2 + 2 * products + square) - lengths
+            gains[home] = lengths[home] - np.sqrt(max(lengths[home] ** 2 - 2 * products[home] + square, 0))
+            target = int(gains.argmax())
+            if gains[target] <= gains[home] * (1 + 1e-9):
+                continue
+            for cluster, sign in ((home, -1), (target, 1)):
+                totals[cluster] += sign * vector
+                counts[cluster] += sign
+                lengths[cluster] = np.linalg.norm(totals[cluster])
+            clusters[node] = target
+            num_moved += 1
+        if not num_moved:
+            break
+    return clusters
+
+
+def _sums(rows: np.ndarray, clusters: np.ndarray, k: int) -> np.ndarray:
+    sums = np.zeros((k, rows.shape[1]))
+    np.add.at(sums, clusters, rows)
+    return sums
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Joins two nodes: leaves, or L + the number of an earlier merge."""
+
+    left: int
+    right: int
+    level: int
+    cost: float
+
+
+def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """The merges of Ward's criterion weighted by size, (node, node, cost), as the nearest-neighbour chain finds them.
+
+    Joining clusters of n and m points with means a and b costs n m / (n + m) |a - b|^2, the growth of the
+    within-cluster sum of squares (Ward 1963, doi:10.1080/01621459.1963.10500845; chain: Murtagh 1983,
+    doi:10.1093/comjnl/26.4.354). Memory is O(L D); no matrix of L^2 distances is kept.
     """
     num_leaves = len(means)
     centers = np.zeros((2 * num_leaves - 1, means.shape[1]))
@@ -118,8 +220,6 @@ def build(means: np.ndarray, sizes: np.ndarray) -> tuple[Tree, np.ndarray]:
     squares = (centers**2).sum(axis=1)
     active = np.zeros(2 * num_leaves - 1, bool)
     active[:num_leaves] = True
-    pairs: list[tuple[int, int]] = []
-    costs: list[float] = []
     chain: list[int] = []
     for merged in range(num_leaves, 2 * num_leaves - 1):
         if not chain:
@@ -137,28 +237,27 @@ def build(means: np.ndarray, sizes: np.ndarray) -> tuple[Tree, np.ndarray]:
                 break
             chain.append(int(others[best]))
         left, right = chain.pop(), chain.pop()
-        pairs.append((left, right))
-        costs.append(float(cost[best]))
+        yield left, right, float(cost[best])
         active[[left, right]] = False
         active[merged] = True
         weights[merged] = weights[left] + weights[right]
         centers[merged] = (weights[left] * centers[left] + weights[right] * centers[right]) / weights[merged]
         squares[merged] = centers[merged] @ centers[merged]
-    return _number(num_leaves, pairs, costs)
 
 
-def _number(num_leaves: int, pairs: list[tuple[int, int]], costs: list[float]) -> tuple[Tree, np.ndarray]:
-    """Renumber merges cheapest first and leaves along the tree.
+def _number(num_leaves: int, merges: Sequence[_Merge]) -> tuple[Tree, np.ndarray]:
+    """Renumber merges cheapest first within each level, and leaves along the tree.
 
-    The chain finds merges out of order. A merge never costs less than the merges below it (Ward's criterion
-    is reducible), so a stable sort by cost keeps children before parents.
+    The chain finds merges out of order. A merge never costs less than the merges of its level below it (Ward's
+    criterion is reducible), so a stable sort by cost keeps children before parents.
     """
-    for index, pair in enumerate(pairs):  # guard the sort against rounding of near-equal costs
-        below = [costs[child - num_leaves] for child in pair if child >= num_leaves]
-        costs[index] = max([costs[index], *below])
-    by_cost = np.argsort(costs, kind="stable")
-    renamed = {num_leaves + int(old): num_leaves + new for new, old in enumerate(by_cost)}
-    children = [tuple(renamed.get(child, child) for child in pairs[old]) for old in by_cost]
+    costs: list[float] = []
+    for merge in merges:  # guard the sort against rounding of near-equal costs
+        below = [child - num_leaves for child in (merge.left, merge.right) if child >= num_leaves]
+        costs.append(max([merge.cost, *(costs[child] for child in below if merges[child].level == merge.level)]))
+    by_cost = np.lexsort((costs, [merge.level for merge in merges])).tolist()
+    renamed = {num_leaves + old: num_leaves + new for new, old in enumerate(by_cost)}
+    children = [[renamed.get(child, child) for child in (merges[old].left, merges[old].right)] for old in by_cost]
     order: list[int] = []
     stack = [2 * num_leaves - 2]
     while stack:

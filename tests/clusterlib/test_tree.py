@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.cluster.hierarchy import cut_tree, ward
+from scipy.cluster.hierarchy import cut_tree
+from scipy.cluster.hierarchy import ward as scipy_ward
 
-from clusterlib.tree import Tree, build, from_table
+from clusterlib import kmeans
+from clusterlib.tree import Tree, build, from_table, ward
 
 
 def partition(labels):
@@ -37,8 +39,8 @@ def greedy_ward(means, sizes):
 
 def test_equal_sizes_give_scipys_ward_tree():
     means = np.random.default_rng(0).standard_normal((60, 8))
-    tree, order = build(means, np.ones(60))
-    reference = ward(means)
+    tree, order = ward(means, np.ones(60))
+    reference = scipy_ward(means)
     for k in range(1, 61):
         assert cut_partition(tree, order, k) == partition(cut_tree(reference, n_clusters=k).ravel())
 
@@ -46,9 +48,32 @@ def test_equal_sizes_give_scipys_ward_tree():
 def test_sizes_weigh_as_in_the_greedy_definition():
     generator = np.random.default_rng(1)
     means, sizes = generator.standard_normal((25, 4)), generator.integers(1, 100, 25)
-    tree, order = build(means, sizes)
+    tree, order = ward(means, sizes)
     for k, expected in greedy_ward(means, sizes):
         assert cut_partition(tree, order, k) == expected
+
+
+def test_refined_cuts_are_tighter_than_wards_and_near_the_flat_ones():
+    """Points of 30 blurred directions in 64 leaves; similarity of each to its cluster's direction."""
+    generator = np.random.default_rng(0)
+    points = generator.standard_normal((30, 16))[generator.integers(0, 30, 6000)] + generator.standard_normal(
+        (6000, 16)
+    )
+    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    leaves = kmeans.assign(points, kmeans.fit(points, 64, 10, 0).centroids)[0]
+    sizes = np.bincount(leaves)
+    means = np.stack([points[leaves == leaf].mean(axis=0) for leaf in range(64)])
+
+    def inertia(tree, order, k):
+        sums = means[order] * sizes[order, None]
+        clusters = [sums[node.first_leaf : node.first_leaf + node.num_leaves].sum(axis=0) for node in tree.cut(k)]
+        return len(points) - sum(np.linalg.norm(total) for total in clusters)
+
+    for k in (4, 16):
+        refined = inertia(*build(means, sizes), k)
+        flat = len(points) - kmeans.assign(points, kmeans.fit(points, k, 20, 0).centroids)[1].sum()
+        assert refined < inertia(*ward(means, sizes), k)
+        assert refined < 1.06 * flat
 
 
 @settings(max_examples=60, deadline=None)
