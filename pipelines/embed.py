@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,14 +60,24 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
     workers = Workers(config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
 
     def publish(receipts: list[Receipt]) -> Artifact:
-        stats = {"num_rows_by_source": pairs.stats["num_rows_by_source"], "width": receipts[0].stats["width"]}
+        stats = {
+            "num_rows_by_source": pairs.stats["num_rows_by_source"],
+            "width": receipts[0].stats["width"],
+            "spent": {
+                name: sum(receipt.stats["spent"][name] for receipt in receipts) for name in receipts[0].stats["spent"]
+            },
+        }
         return draft.publish(receipts, stats)
 
     return make(draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers, publish)
 
 
 class Teacher:
-    """A loaded encoder with its own pooling, normalisation and prompts."""
+    """A loaded encoder with its own pooling, normalisation and prompts.
+
+    Attributes:
+        spent: what `encode` has cost so far: num_tokens, padding_tokens, tokenize_seconds, forward_seconds.
+    """
 
     def __init__(self, config: EmbedConfig) -> None:
         from sentence_transformers import SentenceTransformer
@@ -82,6 +94,7 @@ class Teacher:
                 "dtype": torch.bfloat16 if device == "cuda" else torch.float32,
             },
         ).eval()
+        self.spent: dict[str, float] = defaultdict(float)
         self._batch_tokens = config.batch_tokens
         self._max_tokens = min(
             limit for limit in (config.max_tokens, self.model.max_seq_length, 2**20) if limit is not None
@@ -107,6 +120,7 @@ class Teacher:
         prompt = self._prompts[side]
         distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         tokenizer = self.model.tokenizer
+        started = time.perf_counter()
         encoded = tokenizer(
             [prompt + text for text in distinct],
             truncation=True,
@@ -115,11 +129,15 @@ class Teacher:
             return_attention_mask=True,
         )
         lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        self.spent["tokenize_seconds"] += time.perf_counter() - started
+        started = time.perf_counter()
         vectors: np.ndarray | None = None
         for rows in _batches(lengths, self._batch_tokens):
             features: dict[str, Any] = tokenizer.pad(
                 {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
             ).to(self.model.device)
+            self.spent["num_tokens"] += int(lengths[rows].sum())
+            self.spent["padding_tokens"] += features["input_ids"].numel() - int(lengths[rows].sum())
             if prompt:  # some poolings leave the prompt out of the mean
                 features["prompt_length"] = len(tokenizer(prompt)["input_ids"]) - 1
             embedded = self.model(features)["sentence_embedding"].float()
@@ -128,6 +146,7 @@ class Teacher:
                 vectors = np.empty((len(distinct), embedded.shape[1]), np.float16)
             vectors[rows] = embedded
         assert vectors is not None
+        self.spent["forward_seconds"] += time.perf_counter() - started
         return vectors[[distinct[text] for text in texts]]
 
 
@@ -149,6 +168,7 @@ class _Worker:
 
     def __call__(self, piece: Slice) -> Receipt:
         table = self._pairs.read_slice(piece)
+        self._teacher.spent.clear()
         vectors = []
         for side in ("query", "passage"):
             matrix = self._teacher.encode(table[side].to_pylist(), side)
@@ -158,8 +178,10 @@ class _Worker:
         columns = [*table.columns, *(fixed_size_list(matrix) for matrix in vectors)]
         embedded = pa.Table.from_arrays(columns, schema=schema)
         groups = (embedded.slice(first, _ROW_GROUP_ROWS) for first in range(0, embedded.num_rows, _ROW_GROUP_ROWS))
+        started = time.perf_counter()
         part = self._draft.write("embeddings", piece.id, schema, groups)
-        return Receipt([part], piece.num_rows, stats={"width": vectors[0].shape[1]})
+        spent = {**self._teacher.spent, "write_seconds": time.perf_counter() - started}
+        return Receipt([part], piece.num_rows, stats={"width": vectors[0].shape[1], "spent": spent})
 
 
 def check_vectors(matrix: np.ndarray, pair_ids: pa.ChunkedArray, side: str) -> None:

@@ -1,0 +1,104 @@
+"""Embedding real texts: Strata's embed stage against SentenceTransformer.encode; same model, precision, machine.
+
+The other side is run as its manual advises for a CPU, in one process with all threads and on a pool of one process
+a core, at two batch sizes; the fastest counts. Ours is timed once past start-up, from the moment when every worker
+has written a part to the last part written, so that Ray and the writing of Parquet are in it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import real
+from sentence_transformers import SentenceTransformer
+
+from clusterlib.artifact import Artifact, Root
+from pipelines.embed import EmbedConfig, embed
+from pipelines.ingest import IngestConfig, ingest
+from pipelines.sources import InputConfig
+from pipelines.stage import ray_session
+
+MIXES = {"short": ("oewn", 4800), "long": ("medquad", 800)}  # median words of a passage: 25 and 132
+TASKS = 16
+MAX_TOKENS = 256
+BATCH_SIZES = (32, 128)
+ROUNDS = 3
+
+
+def main() -> None:
+    cores = os.cpu_count() or 1
+    worst = float("inf")
+    model = SentenceTransformer(str(real.TEACHER.folder()), device="cpu")
+    model.max_seq_length = MAX_TOKENS
+    with tempfile.TemporaryDirectory() as folder, ray_session(None):
+        for mix, (source, num_rows) in MIXES.items():
+            pairs = distinct_pairs(source, num_rows, Path(folder))
+            texts = [text for side in ("query", "passage") for text in pairs.read()[side].to_pylist()]
+            runs: dict[str, list[float]] = defaultdict(list)
+            for number in range(ROUNDS):
+                made = run(pairs, Root(f"{folder}/{mix}-{number}"), num_rows)
+                runs["strata"].append(rate(made, cores))
+                for batch_size in BATCH_SIZES:
+                    runs[f"encode, {batch_size} a batch"].append(encode(model, texts, batch_size))
+                    pool = model.start_multi_process_pool(["cpu"] * cores)
+                    encode(model, texts[:200], batch_size, pool)  # its start-up is not timed either
+                    runs[f"pool of {cores}, {batch_size} a batch"].append(encode(model, texts, batch_size, pool))
+                    model.stop_multi_process_pool(pool)
+            rates = {name: statistics.median(values) for name, values in runs.items()}
+            theirs = max(value for name, value in rates.items() if name != "strata")
+            print(f"\n{mix}: {len(texts):,} texts of {source}, medians of {ROUNDS} rounds")
+            for name, value in rates.items():
+                print(f"  {name:<28} {value:>8.1f} texts/s {rates['strata'] / value:>6.2f}")
+            spent = made.stats["spent"]
+            seconds = {name: value for name, value in spent.items() if name.endswith("_seconds")}
+            shares = ", ".join(
+                f"{name.removesuffix('_seconds')} {v / sum(seconds.values()):.1%}" for name, v in seconds.items()
+            )
+            padding = spent["padding_tokens"] / (spent["num_tokens"] + spent["padding_tokens"])
+            print(f"  our time: {shares}; padding {padding:.1%} of the tokens", flush=True)
+            worst = min(worst, rates["strata"] / theirs)
+    print(f"RESULT bench_embed ratio={worst:.3f}")
+
+
+def distinct_pairs(source: str, num_rows: int, folder: Path) -> Artifact:
+    """Pairs none of whose texts repeats, so that neither side gains by embedding a text once."""
+    table = pq.read_table(real.DATA / source / "train.parquet", columns=["query", "passage"])
+    seen: set[str] = set()
+    rows = []
+    for row in table.to_pylist():
+        if len(rows) < num_rows and not seen & set(row.values()):
+            seen |= set(row.values())
+            rows.append(row)
+    path = folder / f"{source}.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    inputs = [InputConfig(source=source, format="parquet", path=str(path))]
+    return ingest(IngestConfig(inputs=inputs), [], ".", Root(str(folder / "pairs")))
+
+
+def run(pairs: Artifact, root: Root, num_rows: int) -> Artifact:
+    config = EmbedConfig(teacher=real.TEACHER, max_tokens=MAX_TOKENS, task_rows=-(-num_rows // TASKS))
+    return embed(config, pairs, root)
+
+
+def rate(made: Artifact, num_workers: int) -> float:
+    """Texts a second after each worker's first part."""
+    written = sorted((Path(made.path, part.path).stat().st_mtime, part.num_rows) for part in made.parts())
+    later = written[num_workers:]
+    return 2 * sum(rows for _, rows in later) / (later[-1][0] - written[num_workers - 1][0])
+
+
+def encode(model: SentenceTransformer, texts: list[str], batch_size: int, pool: dict | None = None) -> float:
+    started = time.perf_counter()
+    model.encode(texts, batch_size=batch_size, normalize_embeddings=True, pool=pool)
+    return len(texts) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

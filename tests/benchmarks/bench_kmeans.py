@@ -1,0 +1,93 @@
+"""Spherical k-means of 200,000 real vectors: our fit against faiss.Kmeans, sklearn's KMeans and MiniBatchKMeans.
+
+All see the same points, seeds and number of iterations. Inertia is the mean over all points of 1 - similarity to
+the unit centroid. The second table says what the size of the sample buys (cluster.points_per_centroid).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import real
+from sklearn.cluster import KMeans, MiniBatchKMeans
+
+from clusterlib import kmeans
+
+ROWS = 200_000
+ITERATIONS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="of our side and FAISS's, in turn; medians are compared")
+    arguments = parser.parse_args()
+    points = np.concatenate([real.vectors(source, "query", 32) for source in real.sources()])
+    points = points[np.random.default_rng(0).permutation(len(points))[:ROWS]]
+    print(f"{len(points):,} x {points.shape[1]}, {ITERATIONS} iterations")
+    print(f"{'k':>5} {'side':<26} {'seconds':>8} {'inertia':>8}")
+    worst = 0.0
+    for k, others in ((10, (KMeans, MiniBatchKMeans)), (1000, (MiniBatchKMeans,))):
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(arguments.rounds):
+            theirs.append(timed(by_faiss, points, k)[0])
+            ours.append(timed(by_us, points, k)[0])
+        worst = max(worst, float(np.median(ours) / np.median(theirs)))
+        show(k, "ours", float(np.median(ours)), points, by_us(points, k))
+        show(k, "faiss.Kmeans", float(np.median(theirs)), points, by_faiss(points, k))
+        for other in others:
+            seconds, centroids = timed(by_sklearn, points, k, other)
+            show(k, f"sklearn {other.__name__}", seconds, points, centroids)
+    print("\nwhat a fit on a sample loses on all points, by points per centroid; median of 3 seeds")
+    sizes = (256, 500, 1000, 2000, 5000)
+    print(f"{'k':>5} {'all':>8} " + " ".join(f"{size:>7}" for size in sizes))
+    for k in (10, 32):
+        whole = np.median([inertia(points, kmeans.fit(points, k, ITERATIONS, seed).centroids) for seed in range(3)])
+        losses = []
+        for size in sizes:
+            values = [
+                inertia(points, kmeans.fit(points[seed * size * k :][: size * k], k, ITERATIONS, seed).centroids)
+                for seed in range(3)
+            ]
+            losses.append(np.median(values) / whole - 1)
+        print(f"{k:>5} {whole:>8.4f} " + " ".join(f"{loss:>+7.2%}" for loss in losses))
+    print(f"RESULT bench_kmeans ratio={worst:.3f}")
+
+
+def by_us(points: np.ndarray, k: int) -> np.ndarray:
+    return kmeans.fit(points, k, ITERATIONS, seed=0).centroids
+
+
+def by_faiss(points: np.ndarray, k: int) -> np.ndarray:
+    other = faiss.Kmeans(
+        points.shape[1], k, niter=ITERATIONS, seed=0, spherical=True, max_points_per_centroid=len(points)
+    )
+    other.train(points)
+    return np.asarray(other.centroids)
+
+
+def by_sklearn(points: np.ndarray, k: int, estimator: type) -> np.ndarray:
+    found = estimator(k, n_init=1, max_iter=ITERATIONS, random_state=0).fit(points).cluster_centers_
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def timed(work: Callable[..., np.ndarray], *arguments: object) -> tuple[float, np.ndarray]:
+    started = time.perf_counter()
+    result = work(*arguments)
+    return time.perf_counter() - started, result
+
+
+def inertia(points: np.ndarray, centroids: np.ndarray) -> float:
+    return float(1 - kmeans.assign(points, centroids)[1].mean())
+
+
+def show(k: int, side: str, seconds: float, points: np.ndarray, centroids: np.ndarray) -> None:
+    print(f"{k:>5} {side:<26} {seconds:>8.2f} {inertia(points, centroids):>8.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
