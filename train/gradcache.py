@@ -16,32 +16,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from train.clock import Clock
 from train.data import RankBatch
-from train.loss import LossOutput, false_negatives, info_nce
+from train.loss import LossConfig, LossOutput, Pairs, contrast
 
 
 class Learner(Protocol):
     """What the step asks of an engine: gradients add up over `backward` calls until its own step."""
+
+    clock: Clock
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
 
-def accumulate_gradient(learner: Learner, batch: RankBatch, temperature: float) -> Tensor:
+def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) -> Tensor:
     """Add the gradient of the global batch's loss to the learner.
 
     A rank adds W times its share, W the number of ranks, so that the learner's mean over ranks is the
     gradient of the mean loss over all B queries.
 
     Returns:
-        The measures of train.loss.MEASURES over the global batch, float64 [6].
+        The measures over the global batch, float64 [M]; see train.loss.as_record.
     """
     sides = (batch.query, batch.passage)
     if all(len(side.micro_batches) == 1 for side in sides):
         query, passage = (learner.encode(*side.micro_batches[0])[side.places] for side in sides)
-        output = global_loss(query, passage, batch, temperature)
+        output = global_loss(query, passage, batch.pairs, config)
+        learner.clock.mark("forward")
         learner.backward(output.loss)
+        learner.clock.mark("backward")
         return _mean_over_ranks(output.measures)
 
     states, leaves = [], []
@@ -52,8 +57,9 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, temperature: float) 
                 states.append(_RandomState(micro_batch[0]))
                 embedded.append(learner.encode(*micro_batch))
         leaves.append(torch.cat(embedded).requires_grad_())
-    output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch, temperature)
+    output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch.pairs, config)
     output.loss.backward()
+    learner.clock.mark("forward")
 
     replays = iter(states)
     for side, leaf in zip(sides, leaves, strict=True):
@@ -63,16 +69,15 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, temperature: float) 
             with next(replays).replayed():
                 embedding = learner.encode(*micro_batch)
             learner.backward((embedding * gradient).sum())
+    learner.clock.mark("backward")
     return _mean_over_ranks(output.measures)
 
 
-def global_loss(query: Tensor, passage: Tensor, batch: RankBatch, temperature: float) -> LossOutput:
-    """InfoNCE of this rank's queries [b, D] against the passages of all ranks."""
-    passages, all_query_id, all_passage_id = (gather(tensor) for tensor in (passage, batch.query_id, batch.passage_id))
+def global_loss(query: Tensor, passage: Tensor, own: Pairs, config: LossConfig) -> LossOutput:
+    """The loss of this rank's pairs, with embeddings [b, D], against the pairs of all ranks."""
     first = len(query) * (dist.get_rank() if dist.is_initialized() else 0)
-    positive = torch.arange(first, first + len(query), device=query.device)
-    masked = false_negatives(batch.query_id, batch.passage_id, all_query_id, all_passage_id)
-    return info_nce(query, passages, positive, masked, temperature)
+    all_query = gather(query) if config.bidirectional else None
+    return contrast(query, passage, all_query, gather(passage), own, own.map(gather), first, config)
 
 
 def gather(tensor: Tensor) -> Tensor:
