@@ -7,17 +7,15 @@ through it. With one micro-batch a side the plain way is the same and costs one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from train.clock import Clock
-from train.data import RankBatch
+from train.data import RankBatch, Side
 from train.loss import LossConfig, LossOutput, Pairs, contrast
 
 
@@ -49,28 +47,36 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) 
         learner.clock.mark("backward")
         return _mean_over_ranks(output.measures)
 
-    states, leaves = [], []
-    for side in sides:
-        embedded = []
-        with torch.no_grad():
-            for micro_batch in side.micro_batches:
-                states.append(_RandomState(micro_batch[0]))
-                embedded.append(learner.encode(*micro_batch))
-        leaves.append(torch.cat(embedded).requires_grad_())
+    # Dropout must fall the same way in both passes, so each micro-batch has a seed of its own.
+    seeds = torch.randint(2**62, (2, max(len(side.micro_batches) for side in sides))).tolist()
+    leaves = [_embed(learner, side, of_side) for side, of_side in zip(sides, seeds, strict=True)]
     output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch.pairs, config)
     output.loss.backward()
     learner.clock.mark("forward")
 
-    replays = iter(states)
-    for side, leaf in zip(sides, leaves, strict=True):
+    for side, leaf, of_side in zip(sides, leaves, seeds, strict=True):
         assert leaf.grad is not None
         sizes = [len(input_ids) for input_ids, _ in side.micro_batches]
-        for micro_batch, gradient in zip(side.micro_batches, leaf.grad.split(sizes), strict=True):
-            with next(replays).replayed():
-                embedding = learner.encode(*micro_batch)
-            learner.backward((embedding * gradient).sum())
+        for micro_batch, gradient, seed in zip(side.micro_batches, leaf.grad.split(sizes), of_side, strict=False):
+            torch.manual_seed(seed)
+            learner.backward((learner.encode(*micro_batch) * gradient).sum())
     learner.clock.mark("backward")
     return _mean_over_ranks(output.measures)
+
+
+@torch.no_grad()
+def _embed(learner: Learner, side: Side, seeds: Sequence[int]) -> Tensor:
+    """The embeddings of a side's micro-batches, one after the other, float32 [b, D], to take a gradient at."""
+    embedded = torch.empty(0)
+    first = 0
+    for micro_batch, seed in zip(side.micro_batches, seeds, strict=False):
+        torch.manual_seed(seed)
+        part = learner.encode(*micro_batch)
+        if first == 0:  # one tensor for all: small ones that stay would leave holes in memory
+            embedded = part.new_empty(len(side.places), part.shape[1])
+        embedded[first : first + len(part)] = part
+        first += len(part)
+    return embedded.requires_grad_()
 
 
 def global_loss(query: Tensor, passage: Tensor, own: Pairs, config: LossConfig) -> LossOutput:
@@ -111,18 +117,3 @@ def _mean_over_ranks(measures: Tensor) -> Tensor:
         dist.all_reduce(measures)
         measures /= dist.get_world_size()
     return measures
-
-
-class _RandomState:
-    """The random generators before a forward pass, so that dropout falls the same way the second time."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices, self._states = get_device_states(*tensors)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._cpu)
-            set_device_states(self._devices, self._states)
-            yield
