@@ -145,7 +145,8 @@ def _worker(settings: Mapping[str, Any]) -> None:
             ray.train.report(
                 {"step": progress.step},
                 checkpoint=ray.train.Checkpoint.from_directory(folder) if rank == 0 else None,
-                checkpoint_dir_name=f"step-{progress.step:09d}",
+                # A name is used once: Ray Train keeps count of a damaged one of the same step and deletes it later.
+                checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
     fit(engine, plan, store, config, progress, log.on_step, on_checkpoint)
