@@ -17,6 +17,8 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
+        # Threads that wait for each other on busy cores take many times as long as one.
+        "OMP_NUM_THREADS": "1",
         # Jobs run the first `python` there is.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -28,7 +30,7 @@ import pytest
 
 from clusterlib import shards as shardlib
 from clusterlib.artifact import Draft, Receipt, Root, Spec
-from clusterlib.tables import INDEX, TREE, shards_schema
+from clusterlib.tables import INDEX, TREE, fixed_size_list, shards_schema
 from clusterlib.tree import build
 
 TOPICS = {
@@ -155,11 +157,12 @@ def beir_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_shards(tokenizer_folder):
     """Makes a `shards` artifact of random tokens under a root: see `_shards`."""
-    return lambda root: _shards(root, tokenizer_folder)
+    return lambda root, **options: _shards(root, tokenizer_folder, **options)
 
 
-def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0):
-    """Two sources of four leaves; some ids occur twice. Returns it and its rows in the order of the input."""
+def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher_width=0):
+    """Two sources of four leaves; some ids occur twice; with random teacher vectors if they have a width.
+    Returns it and its rows in the order of the input."""
     generator = np.random.default_rng(seed)
     token = pa.uint16()
     schema = shards_schema(token)
@@ -182,6 +185,12 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0):
         ],
         schema=schema,
     )
+    if teacher_width:
+        for side in ("query", "passage"):
+            vectors = generator.standard_normal((num_rows, teacher_width))
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            table = table.append_column(f"teacher_{side}", fixed_size_list(vectors.astype(np.float16)))
+        schema = table.schema
     config = {"query_prompt": "", "passage_prompt": "", "query_max_tokens": 8, "passage_max_tokens": 24}
     draft = Draft(Root(str(root)), Spec("shards", 1, {"shard": {**config, "seed": seed}}))
     receipts = []

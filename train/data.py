@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from clusterlib.artifact import Artifact
+from clusterlib.errors import StrataError
 from clusterlib.shards import ShardIndex
+from clusterlib.tables import vectors
 from clusterlib.tree import from_table
+from train.loss import Pairs
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _CACHED = ["query_id", "passage_id", "query_tokens", "passage_tokens"]
+_TEACHER = ["teacher_query", "teacher_passage"]
 _PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
 
 
@@ -43,8 +47,9 @@ class _File:
     """The columns of one cached shard."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        self.query_id = batch["query_id"].to_numpy()
-        self.passage_id = batch["passage_id"].to_numpy()
+        # uint64 ids as int64 of the same bits: they are only compared.
+        self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in ("query_id", "passage_id")}
+        self.pairs |= {name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names}
         self.query_tokens = _Ragged(batch["query_tokens"])
         self.passage_tokens = _Ragged(batch["passage_tokens"])
 
@@ -64,12 +69,11 @@ class Side:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's b pairs of a global batch; ids are int64 [b]."""
+    """One rank's b pairs of a global batch."""
 
     query: Side
     passage: Side
-    query_id: Tensor
-    passage_id: Tensor
+    pairs: Pairs
     num_tokens: int
 
     def to(self, device: torch.device) -> RankBatch:
@@ -78,11 +82,7 @@ class RankBatch:
             return Side(moved, side.places.to(device))
 
         return RankBatch(
-            move(self.query),
-            move(self.passage),
-            self.query_id.to(device),
-            self.passage_id.to(device),
-            self.num_tokens,
+            move(self.query), move(self.passage), self.pairs.map(lambda tensor: tensor.to(device)), self.num_tokens
         )
 
 
@@ -99,19 +99,36 @@ def load_tokenizer(shards: Artifact) -> Any:
         return AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
 
 
-def cache_shards(shards: Artifact, cache_dir: Path) -> Path:
+def check_teacher(shards: Artifact) -> None:
+    """Refuse to filter by a teacher whose vectors are not there.
+
+    Raises:
+        StrataError: the shards carry none.
+    """
+    if any(not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names) for part in shards.parts()[:1]):
+        raise StrataError(
+            f"train.loss.teacher_margin: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true"
+        )
+
+
+def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
     """Copy ids and tokens of all shards to Arrow IPC files on this node, once; later calls find them.
 
     Call it from one process a node. The folder appears whole or not at all.
+
+    Args:
+        teacher: copy the teacher's vectors too; see `check_teacher`.
     """
-    final = cache_dir.expanduser() / f"{shards.fingerprint}-{shards.manifest['digest']}"
+    columns = [*_CACHED, *_TEACHER] if teacher else _CACHED
+    suffix = "-teacher" if teacher else ""
+    final = cache_dir.expanduser() / f"{shards.fingerprint}-{shards.manifest['digest']}{suffix}"
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
     try:
         for number, part in enumerate(shards.parts()):
-            table = shards.open_parquet(part).read(columns=_CACHED).combine_chunks()
+            table = shards.open_parquet(part).read(columns=columns).combine_chunks()
             with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
         building.rename(final)
@@ -157,8 +174,12 @@ class TokenStore:
         return RankBatch(
             query,
             passage,
-            _ids([file.query_id[rows] for file, rows in pieces]),
-            _ids([file.passage_id[rows] for file, rows in pieces]),
+            Pairs(
+                **{
+                    name: torch.from_numpy(np.concatenate([file.pairs[name][rows] for file, rows in pieces]))
+                    for name in pieces[0][0].pairs
+                }
+            ),
             query_tokens + passage_tokens,
         )
 
@@ -181,8 +202,3 @@ class TokenStore:
         places = np.empty(len(lengths), np.int64)
         places[by_length] = np.arange(len(lengths))
         return Side(micro_batches, torch.from_numpy(places)), len(values)
-
-
-def _ids(pieces: Sequence[np.ndarray]) -> Tensor:
-    """uint64 ids as int64 of the same bits: they are only compared."""
-    return torch.from_numpy(np.concatenate(pieces).view(np.int64))

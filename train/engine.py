@@ -1,29 +1,55 @@
-"""The DeepSpeed engine: optimizer, schedule, precision, gradient reduction and engine state."""
+"""The DeepSpeed engine: optimizer, schedule, precision, gradient reduction and state."""
 
 from __future__ import annotations
 
+import math
 import os
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from clusterlib.config import Config
+from train.clock import Clock
 from train.model import Encoder
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 
 
 class OptimizerConfig(Config):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); norms and biases do not decay."""
 
     learning_rate: float = Field(..., gt=0, description="peak, after warmup")
-    schedule: Literal["linear", "cosine"] = Field("linear", description="how it falls to 0 at the last step")
+    schedule: Literal["linear", "cosine", "wsd"] = Field(
+        "linear",
+        description="how it falls to 0 at the last step; wsd stays at the peak and falls linearly over the last "
+        "decay_fraction (warmup-stable-decay, arXiv 2404.06395)",
+    )
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of the steps, rising linearly from 0")
+    decay_fraction: float = Field(0.1, gt=0, le=1, description="of the steps, for wsd")
     weight_decay: float = Field(0.01, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     max_gradient_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to it")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction and decay_fraction add up to more than 1")
+        return self
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """The learning rate of a step: a pure function, so a resumed run needs no schedule state."""
+        warmup = int(self.warmup_fraction * num_steps)
+        if step < warmup:
+            return self.learning_rate * step / warmup
+        falling = num_steps - warmup
+        if self.schedule == "wsd":
+            falling = min(falling, max(1, int(self.decay_fraction * num_steps)))
+        left = min(1.0, (num_steps - step) / falling)
+        return self.learning_rate * ((1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left)
 
 
 class Engine:
@@ -34,24 +60,23 @@ class Engine:
     Attributes:
         model: the student; its weights are whole on every rank.
         device: where batches must be.
+        clock: `step` marks "reduce" and "optimizer" on it.
     """
 
     def __init__(
         self,
         model: Encoder,
         config: OptimizerConfig,
-        num_steps: int,
         precision: Literal["fp32", "bf16"],
         zero_stage: int,
         rank_batch_size: int,
     ) -> None:
         deepspeed = _deepspeed()
-        from transformers import get_scheduler
-
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self.clock = Clock(self.device)
         decayed = [weight for weight in model.parameters() if weight.ndim > 1]
         plain = [weight for weight in model.parameters() if weight.ndim <= 1]
-        optimizer = torch.optim.AdamW(
+        self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
@@ -59,17 +84,18 @@ class Engine:
         )
         # Without ZeRO, DeepSpeed clips without telling the norm; so there torch clips, right before the update.
         self._norm: float | None = None
+        self._optimizer.register_step_pre_hook(lambda *_: self.clock.mark("reduce"))
         if zero_stage == 0:
 
             def clip(*_: Any) -> None:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
                 self._norm = float(norm)
 
-            optimizer.register_step_pre_hook(clip)
-        self._engine, _, _, self._scheduler = deepspeed.initialize(
+            self._optimizer.register_step_pre_hook(clip)
+        self._optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimizer"))
+        self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
-            lr_scheduler=get_scheduler(config.schedule, optimizer, int(config.warmup_fraction * num_steps), num_steps),
+            optimizer=self._optimizer,
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": rank_batch_size,
@@ -85,6 +111,16 @@ class Engine:
             },
         )
         self.model: Encoder = self._engine.module
+        self._zero = self._engine.optimizer if zero_stage else None
+        # AdamW's zeros, made now: DeepSpeed ties weights to moments after the first group's first update, and
+        # would not find the second's. Under ZeRO a group holds this rank's part of its weights, flat.
+        for group in self._optimizer.param_groups:
+            for weight in group["params"]:
+                num_updates = torch.zeros((), device=weight.device if group["fused"] else "cpu")
+                moments = {moment: torch.zeros_like(weight) for moment in _MOMENTS}
+                self._optimizer.state[weight] = {"step": num_updates, **moments}
+        if self._zero:
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit vectors float32 [m, D]."""
@@ -94,24 +130,54 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self) -> tuple[float, float]:
+    def step(self, learning_rate: float) -> float:
         """Reduce, clip, update.
 
         Returns:
-            The gradient's norm before clipping, and the learning rate that was used.
+            The gradient's norm before clipping.
         """
-        learning_rate = self._scheduler.get_last_lr()[0]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._engine.step()
-        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
-        return float(norm), learning_rate
+        self.clock.mark("optimizer")
+        return float(self._engine.get_global_grad_norm() if self._norm is None else self._norm)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule; every rank calls it and writes its own files."""
-        self._engine.save_checkpoint(str(folder), tag="engine")
+    def state(self) -> dict[str, Tensor]:
+        """Weights and AdamW's moments, float32 on the CPU, by kind and name of the weight; all ranks call it and
+        rank 0 gets it.
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same number of ranks and ZeRO stage."""
-        self._engine.load_checkpoint(str(folder), tag="engine")
+        Every tensor is whole, so the state is the same for any number of ranks and any ZeRO stage.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[str, Tensor] = {}
+        for name, weight in self.model.named_parameters():
+            parts = {"weight": weight}
+            for moment in _MOMENTS:
+                if self._zero:
+                    parts[moment] = safe_get_full_optimizer_state(weight, moment)
+                else:
+                    parts[moment] = self._optimizer.state[weight][moment]
+            if self._engine.global_rank == 0:
+                state |= {f"{kind}/{name}": part.detach().to("cpu", copy=True) for kind, part in parts.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], num_updates: int) -> None:
+        """Continue from a `state` after `num_updates` steps; every rank calls it with the whole state."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for values in self._optimizer.state.values():
+            values["step"].fill_(num_updates)
+        for name, weight in self.model.named_parameters():
+            weight.data.copy_(state[f"weight/{name}"])
+            for moment in _MOMENTS:
+                value = state[f"{moment}/{name}"].to(weight.device)
+                if self._zero:
+                    safe_set_full_optimizer_state(weight, value, moment)
+                else:
+                    self._optimizer.state[weight][moment].copy_(value)
+        if self._zero:
+            self._zero.refresh_fp32_params()
 
 
 def _deepspeed() -> Any:

@@ -7,72 +7,83 @@ through it. With one micro-batch a side the plain way is the same and costs one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-from train.data import RankBatch
-from train.loss import LossOutput, false_negatives, info_nce
+from train.clock import Clock
+from train.data import RankBatch, Side
+from train.loss import LossConfig, LossOutput, Pairs, contrast
 
 
 class Learner(Protocol):
     """What the step asks of an engine: gradients add up over `backward` calls until its own step."""
+
+    clock: Clock
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
 
-def accumulate_gradient(learner: Learner, batch: RankBatch, temperature: float) -> Tensor:
+def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) -> Tensor:
     """Add the gradient of the global batch's loss to the learner.
 
     A rank adds W times its share, W the number of ranks, so that the learner's mean over ranks is the
     gradient of the mean loss over all B queries.
 
     Returns:
-        The measures of train.loss.MEASURES over the global batch, float64 [6].
+        The measures over the global batch, float64 [M]; see train.loss.as_record.
     """
     sides = (batch.query, batch.passage)
     if all(len(side.micro_batches) == 1 for side in sides):
         query, passage = (learner.encode(*side.micro_batches[0])[side.places] for side in sides)
-        output = global_loss(query, passage, batch, temperature)
+        output = global_loss(query, passage, batch.pairs, config)
+        learner.clock.mark("forward")
         learner.backward(output.loss)
+        learner.clock.mark("backward")
         return _mean_over_ranks(output.measures)
 
-    states, leaves = [], []
-    for side in sides:
-        embedded = []
-        with torch.no_grad():
-            for micro_batch in side.micro_batches:
-                states.append(_RandomState(micro_batch[0]))
-                embedded.append(learner.encode(*micro_batch))
-        leaves.append(torch.cat(embedded).requires_grad_())
-    output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch, temperature)
+    # Dropout must fall the same way in both passes, so each micro-batch has a seed of its own.
+    seeds = torch.randint(2**62, (2, max(len(side.micro_batches) for side in sides))).tolist()
+    leaves = [_embed(learner, side, of_side) for side, of_side in zip(sides, seeds, strict=True)]
+    output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch.pairs, config)
     output.loss.backward()
+    learner.clock.mark("forward")
 
-    replays = iter(states)
-    for side, leaf in zip(sides, leaves, strict=True):
+    for side, leaf, of_side in zip(sides, leaves, seeds, strict=True):
         assert leaf.grad is not None
         sizes = [len(input_ids) for input_ids, _ in side.micro_batches]
-        for micro_batch, gradient in zip(side.micro_batches, leaf.grad.split(sizes), strict=True):
-            with next(replays).replayed():
-                embedding = learner.encode(*micro_batch)
-            learner.backward((embedding * gradient).sum())
+        for micro_batch, gradient, seed in zip(side.micro_batches, leaf.grad.split(sizes), of_side, strict=False):
+            torch.manual_seed(seed)
+            learner.backward((learner.encode(*micro_batch) * gradient).sum())
+    learner.clock.mark("backward")
     return _mean_over_ranks(output.measures)
 
 
-def global_loss(query: Tensor, passage: Tensor, batch: RankBatch, temperature: float) -> LossOutput:
-    """InfoNCE of this rank's queries [b, D] against the passages of all ranks."""
-    passages, all_query_id, all_passage_id = (gather(tensor) for tensor in (passage, batch.query_id, batch.passage_id))
+@torch.no_grad()
+def _embed(learner: Learner, side: Side, seeds: Sequence[int]) -> Tensor:
+    """The embeddings of a side's micro-batches, one after the other, float32 [b, D], to take a gradient at."""
+    embedded = torch.empty(0)
+    first = 0
+    for micro_batch, seed in zip(side.micro_batches, seeds, strict=False):
+        torch.manual_seed(seed)
+        part = learner.encode(*micro_batch)
+        if first == 0:  # one tensor for all: small ones that stay would leave holes in memory
+            embedded = part.new_empty(len(side.places), part.shape[1])
+        embedded[first : first + len(part)] = part
+        first += len(part)
+    return embedded.requires_grad_()
+
+
+def global_loss(query: Tensor, passage: Tensor, own: Pairs, config: LossConfig) -> LossOutput:
+    """The loss of this rank's pairs, with embeddings [b, D], against the pairs of all ranks."""
     first = len(query) * (dist.get_rank() if dist.is_initialized() else 0)
-    positive = torch.arange(first, first + len(query), device=query.device)
-    masked = false_negatives(batch.query_id, batch.passage_id, all_query_id, all_passage_id)
-    return info_nce(query, passages, positive, masked, temperature)
+    all_query = gather(query) if config.bidirectional else None
+    return contrast(query, passage, all_query, gather(passage), own, own.map(gather), first, config)
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -106,18 +117,3 @@ def _mean_over_ranks(measures: Tensor) -> Tensor:
         dist.all_reduce(measures)
         measures /= dist.get_world_size()
     return measures
-
-
-class _RandomState:
-    """The random generators before a forward pass, so that dropout falls the same way the second time."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices, self._states = get_device_states(*tensors)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._cpu)
-            set_device_states(self._devices, self._states)
-            yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import tempfile
 import time
@@ -16,7 +15,6 @@ import ray.train
 import ray.train.torch
 import torch.distributed as dist
 import yaml
-from pyarrow.fs import FileSelector
 
 from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
 from clusterlib.config import dump
@@ -25,7 +23,7 @@ from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import STEPS
 from train import checkpoint
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
+from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, shard_index
 from train.engine import Engine
 from train.export import export
 from train.loop import Progress, TrainConfig, fit
@@ -63,9 +61,11 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
             f"batching.global_batch_size={batching.global_batch_size} does not divide by "
             f"train.num_workers={config.num_workers}; every rank takes an equal share"
         )
-    student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
+    architecture = student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
+    config.loss.check_width(architecture.hidden_size)
+    if config.loss.teacher_margin is not None:
+        check_teacher(shards)
     draft = Draft(root, spec)
-    _check_same_ranks(draft, config)
     receipt = draft.receipt(EXPORT)
     if receipt is None:
         phases = "; then ".join(
@@ -104,22 +104,6 @@ def _fit(config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft:
     trainer.fit()
 
 
-def _check_same_ranks(draft: Draft, config: TrainConfig) -> None:
-    """Refuse to continue a run with another number of ranks or ZeRO stage than it was started with."""
-    fs = draft.root.fs
-    for entry in fs.get_file_info(FileSelector(f"{draft.path}/{_CHECKPOINTS}", recursive=True, allow_not_found=True)):
-        if entry.base_name != checkpoint.CONFIG:
-            continue
-        with fs.open_input_stream(entry.path) as stream:
-            saved = json.loads(stream.read())
-        for name in ("num_workers", "zero_stage"):
-            if saved[name] != getattr(config, name):
-                raise StrataError(
-                    f"train.{name}={getattr(config, name)}: the run to continue was started with {saved[name]}; set "
-                    f"train.{name}={saved[name]}, or delete {draft.path} to start afresh"
-                )
-
-
 def _worker(settings: Mapping[str, Any]) -> None:
     """What each rank runs."""
     config: TrainConfig = settings["config"]
@@ -133,26 +117,29 @@ def _worker(settings: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
 
-    cache_dir = Path(config.cache_dir)
+    cache_dir, teacher = Path(config.cache_dir), config.loss.teacher_margin is not None
     if context.get_local_rank() == 0:
-        cache_shards(shards, cache_dir)
+        cache_shards(shards, cache_dir, teacher)
     dist.barrier()
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, batching)
-    store = TokenStore(cache_shards(shards, cache_dir), index, tokenizer.pad_token_id)
+    store = TokenStore(cache_shards(shards, cache_dir, teacher), index, tokenizer.pad_token_id)
     engine = Engine(
-        build_student(config.student, tokenizer, _max_tokens(shards), config.seed).to(device),
+        build_student(config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing).to(
+            device
+        ),
         config.optimizer,
-        config.num_steps(plan),
         config.precision,
         config.zero_stage,
         batching.global_batch_size // config.num_workers,
     )
-    latest = ray.train.get_checkpoint()
+    # Not the one Ray Train remembers: that may be damaged, and then the one before it still serves.
+    found = [checkpoint.latest(draft.root.fs, f"{draft.path}/{_CHECKPOINTS}") if rank == 0 else None]
+    dist.broadcast_object_list(found)
     progress = Progress()
-    if latest is not None:
-        with latest.as_directory() as folder:
+    if found[0] is not None:
+        with ray.train.Checkpoint(found[0], draft.root.fs).as_directory() as folder:
             progress = checkpoint.load(Path(folder), engine)
     log = _Log(settings["title"], config.num_steps(plan), batching.global_batch_size, progress, rank)
 
@@ -161,8 +148,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
             checkpoint.save(Path(folder), engine, progress, config, rank)
             ray.train.report(
                 {"step": progress.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{progress.step:09d}",
+                checkpoint=ray.train.Checkpoint.from_directory(folder) if rank == 0 else None,
+                # A name is used once: Ray Train keeps count of a damaged one of the same step and deletes it later.
+                checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
     fit(engine, plan, store, config, progress, log.on_step, on_checkpoint)

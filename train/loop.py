@@ -17,7 +17,7 @@ from clusterlib.plan import Plan
 from train.data import TokenStore
 from train.engine import Engine, OptimizerConfig
 from train.gradcache import accumulate_gradient
-from train.loss import MEASURES, LossConfig
+from train.loss import LossConfig, as_record
 from train.model import StudentConfig
 
 
@@ -38,8 +38,15 @@ class TrainConfig(Config):
 
     num_workers: int = runtime(1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs")
     use_gpu: bool = runtime(False, description="ranks need a GPU each; NCCL instead of gloo")
-    zero_stage: Literal[0, 1, 2] = runtime(0, description="ZeRO stage (arXiv 1910.02054)")
+    zero_stage: Literal[0, 1, 2] = runtime(
+        0,
+        description="ZeRO stage (arXiv 1910.02054). Not 3: it would gather all weights for each micro-batch's two "
+        "passes, to spare memory that an encoder's weights do not need",
+    )
     micro_batch_size: int = runtime(64, ge=1, description="rows a rank encodes at once; bounds memory")
+    gradient_checkpointing: bool = runtime(
+        False, description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in less memory"
+    )
     checkpoint_every_steps: int = runtime(500, ge=1)
     max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")
     cache_dir: str = runtime("~/.cache/strata/tokens", description="folder for tokens on each node's own disk")
@@ -84,14 +91,16 @@ def fit(
     num_steps = config.num_steps(plan)
     for step in range(progress.step, num_steps):
         started = time.perf_counter()
+        engine.clock.start()
         planned = plan.step(step, num_steps)
         batch = store.read(planned.rows, rank, num_ranks, config.micro_batch_size).to(engine.device)
-        read = time.perf_counter()
+        engine.clock.mark("data")
 
         # Dropout depends on the step alone, so a resumed run needs no generator state.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
-        measures = accumulate_gradient(engine, batch, config.loss.temperature)
-        gradient_norm, learning_rate = engine.step()
+        measures = accumulate_gradient(engine, batch, config.loss)
+        learning_rate = config.optimizer.rate(step, num_steps)
+        gradient_norm = engine.step(learning_rate)
 
         progress.records.append(
             {
@@ -99,12 +108,12 @@ def fit(
                 "phase": planned.phase,
                 "epoch": planned.epoch,
                 "stratum": planned.label,
-                **dict(zip(MEASURES, measures.tolist(), strict=True)),
+                **as_record(measures),
                 "learning_rate": learning_rate,
                 "gradient_norm": gradient_norm,
                 "num_tokens": batch.num_tokens * num_ranks,
+                **{f"{part}_seconds": seconds for part, seconds in engine.clock.seconds().items()},
                 "step_seconds": time.perf_counter() - started,
-                "data_seconds": read - started,
             }
         )
         on_step(progress)

@@ -1,20 +1,30 @@
-"""InfoNCE over the passages of all ranks, with masks, and what it says about a batch.
+"""InfoNCE over the pairs of all ranks, with masks, and what it says about a batch.
 
-B pairs make a global batch, b of them on each rank; N passages are gathered from all ranks; D is the
-embedding width.
+Scores are computed a block of rows at a time, gradients with them, so that memory grows with the embeddings
+and not with the square of the batch.
+
+B pairs make a global batch, b of them on each rank; rows are a rank's b queries (or passages), columns the
+N passages (or queries) gathered from all ranks; r rows make a block; D is the embedding width, E the
+teacher's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clusterlib.config import Config
+from clusterlib.errors import StrataError
+from clusterlib.tables import SIMILARITY_BINS
 
+_BLOCK_SCORES = 2**20  # scores in memory at once; float32, so 4 MiB for each of a few intermediate results
 _HARDEST = 10  # hardness is the mean similarity of this many most similar negatives
 
 
@@ -22,71 +32,259 @@ class LossConfig(Config):
     """The contrastive loss."""
 
     temperature: float = Field(0.02, gt=0, description="divides similarities; arXiv 2407.18887 uses 0.02")
+    bidirectional: bool = Field(
+        False, description="also tell each passage's query from the other queries; the loss is the mean of the two"
+    )
+    matryoshka_dims: tuple[PositiveInt, ...] = Field(
+        (),
+        description="lengths of prefixes of the embedding that shall serve alone; the loss is the mean over them and "
+        "the whole embedding (arXiv 2205.13147)",
+    )
+    teacher_margin: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="a negative is masked if its teacher similarity to the query is at least the positive's minus "
+        "this. 0 is CDE's rule (arXiv 2410.02525), which moves the bound up by a negative value; a positive value is "
+        "NV-Retriever's TopK-MarginPos (arXiv 2407.15831; 0.05 there). Needs shard.teacher_vectors",
+    )
+
+    def check_width(self, width: int) -> None:
+        """Refuse prefixes longer than the embedding.
+
+        Raises:
+            StrataError: there is one.
+        """
+        if max(self.matryoshka_dims, default=0) > width:
+            raise StrataError(
+                f"train.loss.matryoshka_dims={list(self.matryoshka_dims)}: the student's embedding has {width} "
+                f"dimensions; name none above that"
+            )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What tells false negatives among n pairs.
+
+    Attributes:
+        query_id, passage_id: int64 [n].
+        teacher_query, teacher_passage: float16 [n, E], unit norm; None where no teacher is asked.
+    """
+
+    query_id: Tensor
+    passage_id: Tensor
+    teacher_query: Tensor | None = None
+    teacher_passage: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        """The pairs with `change` applied to every tensor."""
+        teacher = (None if tensor is None else change(tensor) for tensor in (self.teacher_query, self.teacher_passage))
+        return Pairs(change(self.query_id), change(self.passage_id), *teacher)
+
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """The teacher's vectors of queries and of passages, float32 [n, E]."""
+        assert self.teacher_query is not None and self.teacher_passage is not None
+        return self.teacher_query.float(), self.teacher_passage.float()
+
+
+# A block of rows -> columns that are no negatives of them, bool [r, N]: by id, and by the teacher alone. A
+# row's own positive may be among them.
+Masks = Callable[[slice], tuple[Tensor, Tensor]]
+
+
+def false_negatives(own: Pairs, everyone: Pairs, teacher_margin: float | None, by_passage: bool = False) -> Masks:
+    """Which pairings of a query with a passage must not count as negatives.
+
+    By id: the passage equals the query's positive, or another pair joins the two. By the teacher: see
+    `LossConfig.teacher_margin`. What a query and a passage are to each other does not depend on the
+    direction, so with `by_passage`, where rows are passages and columns queries, it is the same pairings.
+
+    Args:
+        own: this rank's b pairs.
+        everyone: the N pairs of all ranks.
+    """
+    if teacher_margin is not None:
+        (own_query, own_passage), (all_query, all_passage) = own.teacher(), everyone.teacher()
+        if by_passage:
+            row_vectors, column_vectors = own_passage, all_query
+            of_positive = (all_query * all_passage).sum(dim=1)  # the bound is the query's, whatever the direction
+        else:
+            row_vectors, column_vectors = own_query, all_passage
+            of_positive = (own_query * own_passage).sum(dim=1, keepdim=True)
+        bound = (of_positive - teacher_margin).expand(len(row_vectors), len(column_vectors))
+
+    def masks(rows: slice) -> tuple[Tensor, Tensor]:
+        same_passage = own.passage_id[rows, None] == everyone.passage_id
+        by_id = same_passage | (own.query_id[rows, None] == everyone.query_id)
+        if teacher_margin is None:
+            return by_id, torch.zeros_like(by_id)
+        return by_id, (row_vectors[rows] @ column_vectors.T >= bound[rows]) & ~by_id
+
+    return masks
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Loss and measures of one rank's rows, all means over its b queries.
+    """Loss and measures of one rank's rows, all means over them.
 
     Attributes:
         loss: scalar with a graph.
-        measures: float64 [6], in the order of MEASURES, without a graph.
+        measures: float64 [M], without a graph; `as_record` names them.
     """
 
     loss: Tensor
     measures: Tensor
 
 
-MEASURES = ("loss", "accuracy", "positive_similarity", "negative_similarity", "hardness", "masked_fraction")
+MEASURES = (
+    "loss",
+    "accuracy",
+    "positive_similarity",
+    "negative_similarity",
+    "hardness",
+    "masked_fraction",
+    "teacher_masked_fraction",
+)
 
 
-def false_negatives(query_id: Tensor, passage_id: Tensor, all_query_id: Tensor, all_passage_id: Tensor) -> Tensor:
-    """Passages that must not count as negatives, bool [b, N]; a query's own positive is among them.
+def as_record(measures: Tensor) -> dict[str, Any]:
+    """Measures under the names they have in the table STEPS, whose comments say what they are."""
+    values = measures.tolist()
+    scalars, histograms = values[: len(MEASURES)], values[len(MEASURES) :]
+    return {
+        **dict(zip(MEASURES, scalars, strict=True)),
+        "positive_histogram": histograms[:SIMILARITY_BINS],
+        "negative_histogram": histograms[SIMILARITY_BINS:],
+    }
 
-    A passage is one if it equals the query's positive, or is known positive for the query because another
-    pair joins the two.
+
+def contrast(
+    query: Tensor,
+    passage: Tensor,
+    all_query: Tensor | None,
+    all_passage: Tensor,
+    own: Pairs,
+    everyone: Pairs,
+    first: int,
+    config: LossConfig,
+) -> LossOutput:
+    """The loss of one rank's pairs against those of all ranks.
 
     Args:
-        query_id, passage_id: int64 [b], of this rank's pairs.
-        all_query_id, all_passage_id: int64 [N], of all pairs.
+        query, passage: float32 [b, D], unit norm, of this rank's pairs `own`.
+        all_query, all_passage: float32 [N, D], unit norm, of all pairs `everyone`; the queries are needed
+            for both directions only.
+        first: the row of `everyone` where `own` begins.
     """
-    return (passage_id[:, None] == all_passage_id) | (query_id[:, None] == all_query_id)
-
-
-def info_nce(query: Tensor, passage: Tensor, positive: Tensor, masked: Tensor, temperature: float) -> LossOutput:
-    """Mean over queries of -log softmax(similarity / temperature)[positive] (van den Oord et al. 2018,
-    arXiv 1807.03748, eq. 4).
-
-    Args:
-        query: float32 [b, D], unit norm.
-        passage: float32 [N, D], unit norm.
-        positive: int64 [b], the column of each query's positive.
-        masked: bool [b, N], passages left out of the softmax; the positive is kept whatever this says.
-    """
-    similarity = query @ passage.T
-    is_positive = F.one_hot(positive, len(passage)).bool()
-    excluded = masked & ~is_positive
-    loss = F.cross_entropy((similarity / temperature).masked_fill(excluded, -torch.inf), positive)
-    with torch.no_grad():
-        no_negative = masked | is_positive
-        of_positive = similarity.gather(1, positive[:, None]).squeeze(1)
-        negatives = similarity.masked_fill(no_negative, -torch.inf)
-        count = (~no_negative).sum(dim=1)
-        top = negatives.topk(min(_HARDEST, len(passage)), dim=1).values
-        usable = top.isfinite()
-        measures = torch.stack(
-            [
-                loss.double(),
-                (of_positive > negatives.max(dim=1).values).double().mean(),
-                of_positive.double().mean(),
-                _mean(similarity.masked_fill(no_negative, 0).sum(dim=1), count),
-                _mean(top.masked_fill(~usable, 0).sum(dim=1), usable.sum(dim=1)),
-                excluded.sum(dim=1).double().mean() / max(len(passage) - 1, 1),
-            ]
-        )
+    positive = torch.arange(first, first + len(query), device=query.device)
+    directions = [(query, all_passage, false_negatives(own, everyone, config.teacher_margin))]
+    if config.bidirectional:
+        assert all_query is not None
+        directions.append((passage, all_query, false_negatives(own, everyone, config.teacher_margin, by_passage=True)))
+    whole = query.shape[1]
+    outputs = [
+        info_nce(_prefix(rows, width), _prefix(columns, width), positive, masks, config.temperature)
+        for width in sorted({whole, *config.matryoshka_dims}, reverse=True)
+        for rows, columns, masks in directions
+    ]
+    loss = torch.stack([output.loss for output in outputs]).mean()
+    measures = outputs[0].measures.clone()  # of queries against passages in full width
+    measures[0] = loss.detach()
     return LossOutput(loss, measures)
 
 
-def _mean(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean over queries of sums / counts; a query without negatives counts as 0."""
-    return (sums.double() / counts.clamp(min=1)).mean()
+def _prefix(vectors: Tensor, width: int) -> Tensor:
+    return vectors if width == vectors.shape[1] else F.normalize(vectors[:, :width], dim=-1)
+
+
+def info_nce(rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float) -> LossOutput:
+    """Mean over rows of -log softmax(similarity / temperature)[positive] (van den Oord et al. 2018,
+    arXiv 1807.03748, eq. 4).
+
+    Args:
+        rows: float32 [b, D], unit norm.
+        columns: float32 [N, D], unit norm.
+        positive: int64 [b], the column of each row's positive.
+        masks: columns left out of the softmax; the positive is kept whatever they say.
+    """
+    return LossOutput(*_InfoNCE.apply(rows, columns, positive, masks, temperature))
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Loss and measures; the gradients are made with the loss, while a block's scores are at hand (as Liger
+    Kernel does for the cross-entropy of language models, arXiv 2410.10989)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
+        sums = torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS, dtype=torch.float64, device=rows.device)
+        size = max(1, _BLOCK_SCORES // len(columns))
+        for start in range(0, len(rows), size):
+            block = slice(start, start + size)
+            similarity = rows[block] @ columns.T
+            by_id, by_teacher = masks(block)
+            at = positive[block, None]
+            excluded = (by_id | by_teacher).scatter_(1, at, False)
+            scores = (similarity / temperature).masked_fill_(excluded, -torch.inf)
+            normaliser = scores.logsumexp(dim=1, keepdim=True)
+            losses = normaliser - scores.gather(1, at)
+            gradient = scores.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, at, gradient.new_full((1, 1), -1).expand_as(at))
+            gradient /= temperature * len(rows)
+            of_rows[block] = gradient @ columns
+            of_columns.addmm_(gradient.T, rows[block])
+            sums += _measures(losses, similarity, at, excluded, by_teacher)
+        measures = sums / len(rows)
+        ctx.gradients = (of_rows, of_columns)
+        ctx.mark_non_differentiable(measures)
+        return measures[0].to(rows.dtype), measures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_rows, of_columns = ctx.gradients
+        ctx.gradients = None  # the loss outlives this pass, and its second one would be wrong
+        return of_rows.mul_(scale), of_columns.mul_(scale), None, None, None
+
+
+def _measures(losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, by_teacher: Tensor) -> Tensor:
+    """Sums over a block's rows, float64 [M].
+
+    Args:
+        losses: [r, 1].
+        similarity: float32 [r, N]; it is overwritten.
+        at: int64 [r, 1], the positives' columns.
+        excluded: bool [r, N], masked columns without the positives; by_teacher: those of the teacher, perhaps
+            with the positive.
+    """
+    num_columns = similarity.shape[1]
+    of_positive = similarity.gather(1, at)
+    negatives = similarity.masked_fill_(excluded, -torch.inf).scatter_(1, at, -torch.inf)
+    num_excluded = excluded.sum(dim=1)
+    num_negatives = num_columns - 1 - num_excluded
+    hardest = negatives.topk(min(_HARDEST, num_columns), dim=1).values
+    num_hardest = num_negatives.clamp(max=_HARDEST)
+    by_teacher_alone = (by_teacher & excluded).sum()
+    histograms = [_histogram(of_positive), _histogram(negatives)]
+    correct = (of_positive > hardest[:, :1]).sum()
+    # Masked columns are -inf up to here, where sums need zeros.
+    mean_negative = negatives.masked_fill_(negatives.isinf(), 0).sum(dim=1) / num_negatives.clamp(min=1)
+    mean_hardest = hardest.masked_fill(hardest.isinf(), 0).sum(dim=1) / num_hardest.clamp(min=1)
+    scalars = [
+        losses.double().sum(),
+        correct,
+        of_positive.double().sum(),
+        mean_negative.double().sum(),
+        mean_hardest.double().sum(),
+        num_excluded.sum() / max(num_columns - 1, 1),
+        by_teacher_alone / max(num_columns - 1, 1),
+    ]
+    return torch.cat([torch.stack([scalar.double() for scalar in scalars]), *histograms])
+
+
+def _histogram(similarity: Tensor) -> Tensor:
+    """How many similarities lie in each of SIMILARITY_BINS equal bins from -1 to 1, with room for rounding;
+    infinite ones are ignored."""
+    return torch.histc(similarity.float(), SIMILARITY_BINS, min=-1.000001, max=1.000001).double()

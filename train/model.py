@@ -195,8 +195,10 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
     return architecture
 
 
-def build_student(config: StudentConfig, tokenizer: Any, max_tokens: int, seed: int) -> Encoder:
-    """The student before its first step; random weights depend on `seed` alone."""
+def build_student(
+    config: StudentConfig, tokenizer: Any, max_tokens: int, seed: int, gradient_checkpointing: bool = False
+) -> Encoder:
+    """The student before its first step, ready to train; random weights depend on `seed` alone."""
     from transformers import AutoModel
 
     if config.model is not None:
@@ -206,4 +208,7 @@ def build_student(config: StudentConfig, tokenizer: Any, max_tokens: int, seed: 
     else:
         torch.manual_seed(seed)
         backbone = AutoModel.from_config(student_architecture(config, tokenizer, max_tokens))
-    return Encoder(backbone, config.pooling)
+    if gradient_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    # A loaded model is in evaluation mode: without dropout, and heedless of checkpointing.
+    return Encoder(backbone, config.pooling).train()

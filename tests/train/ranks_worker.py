@@ -25,14 +25,45 @@ def weights(engine):
     return torch.cat([weight.detach().float().ravel() for weight in engine.model.parameters()])
 
 
-def keep_gradient(engine):
-    """A list that the next step leaves the reduced gradient in, between its reduction and the update."""
+def count_reductions(monitored):
+    """Make every reduction over ranks add its number of elements to `monitored`, but for single numbers."""
+
+    def monitor(original):
+        def counted(tensor, *arguments, **options):
+            if tensor.numel() > 1:
+                monitored.append(tensor.numel())
+            return original(tensor, *arguments, **options)
+
+        return counted
+
+    for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor"):
+        setattr(dist, name, monitor(getattr(dist, name)))
+
+
+def count_in_backward(engine, monitored):
+    """A list of what `monitored` counts while the engine goes back."""
+    counted = []
+    backward = engine.backward
+
+    def watched(loss):
+        before = len(monitored)
+        backward(loss)
+        counted.extend(monitored[before:])
+
+    engine.backward = watched
+    return counted
+
+
+def keep_gradient(engine, monitored):
+    """A list that the next step leaves two things in before the update: how much was reduced so far, and the
+    reduced gradient."""
     from deepspeed.utils import safe_get_full_grad
 
     kept = []
     update = engine._engine._take_model_step
 
     def take(*arguments):
+        kept.append(sum(monitored))
         kept.append(torch.cat([safe_get_full_grad(weight).ravel().clone() for weight in engine.model.parameters()]))
         update(*arguments)
 
@@ -42,63 +73,69 @@ def keep_gradient(engine):
 
 def main():
     settings = json.loads(Path(sys.argv[1]).read_text())
+    reduced = []
+    count_reductions(reduced)
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     shards = Root(settings["root"]).open(settings["shards"], "make it")
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     if rank == 0:
-        cache_shards(shards, Path(settings["cache"]))
+        cache_shards(shards, Path(settings["cache"]), True)
     dist.barrier()
-    store = TokenStore(cache_shards(shards, Path(settings["cache"])), index, tokenizer.pad_token_id)
+    store = TokenStore(cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id)
     plan = Plan(index, BatchingConfig(**settings["batching"]))
 
     def build(config):
         return Engine(
-            build_student(config.student, tokenizer, 64, config.seed),
+            build_student(config.student, tokenizer, 64, config.seed, config.gradient_checkpointing),
             config.optimizer,
-            config.num_steps(plan),
             config.precision,
             config.zero_stage,
             plan.config.global_batch_size // num_ranks,
         )
 
     for name, case in settings["cases"].items():
-        config = TrainConfig.model_validate({**case, "num_workers": num_ranks})
+        config = TrainConfig.model_validate(case)
         engine = build(config)
         batch = store.read(plan.step(0, 1).rows, rank, num_ranks, config.micro_batch_size)
         torch.manual_seed(0)
-        measures = accumulate_gradient(engine, batch, config.loss.temperature)
-        kept = keep_gradient(engine)
-        norm, _ = engine.step()
-        dtype = str(next(engine.model.parameters()).dtype)
-        found = {"gradient": kept[0].float(), "measures": measures, "norm": norm, "dtype": dtype}
+        in_backward = count_in_backward(engine, reduced)
+        measures = accumulate_gradient(engine, batch, config.loss)
+        before_step = sum(reduced)
+        kept = keep_gradient(engine, reduced)
+        norm = engine.step(1e-3)
+        found = {
+            "gradient": kept[1].float(),
+            "measures": measures,
+            "norm": norm,
+            "dtype": str(next(engine.model.parameters()).dtype),
+            "num_reduced": sum(in_backward) + kept[0] - before_step,
+            "num_parameters": len(kept[1]),
+        }
         if rank == 0:
             torch.save(found, f"{settings['out']}/{name}-{num_ranks}.pt")
 
-    for name, case in settings["resumes"].items():
-        config = TrainConfig.model_validate({**case, "num_workers": num_ranks})
-        folder = Path(settings["out"]) / f"checkpoint-{name}-{num_ranks}"
+    for name, run in settings["runs"].items():
+        config = TrainConfig.model_validate(run["config"])
+        engine = build(config)
+        progress = checkpoint.load(Path(run["load"]), engine) if run["load"] else Progress()
+        started_at = progress.step
+        folder = Path(settings["out"]) / name
 
-        def save(progress, engine, config=config, folder=folder):
+        def save(progress, engine=engine, config=config, folder=folder):
+            (folder / f"{progress.step}").mkdir(parents=True, exist_ok=True)
             checkpoint.save(folder / f"{progress.step}", engine, progress, config, rank)
 
-        whole = build(config)
-        progress = Progress()
-        fit(whole, plan, store, config, progress, lambda _: None, lambda p, e=whole: save(p, e))
+        fit(engine, plan, store, config, progress, lambda _: None, save)
         dist.barrier()
-        again = build(config)
-        resumed = checkpoint.load(folder / f"{config.checkpoint_every_steps}", again)
-        started_at = resumed.step
-        fit(again, plan, store, config, resumed, lambda _: None, lambda _: None)
         if rank == 0:
-            timed = ("step_seconds", "data_seconds")
             records = [
-                [{key: value for key, value in record.items() if key not in timed} for record in run.records]
-                for run in (progress, resumed)
+                {key: value for key, value in record.items() if not key.endswith("_seconds")}
+                for record in progress.records
             ]
-            found = {"weights": [weights(whole), weights(again)], "records": records, "started_at": started_at}
-            torch.save(found, f"{settings['out']}/{name}-{num_ranks}.pt")
+            found = {"weights": weights(engine), "records": records, "started_at": started_at}
+            torch.save(found, f"{settings['out']}/{name}.pt")
     dist.destroy_process_group()
 
 

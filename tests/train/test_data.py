@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
+from clusterlib.errors import StrataError
+from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, shard_index
 
 
 @pytest.fixture
 def opened(shards, tmp_path):
     artifact, table = shards
     index = shard_index(artifact)
-    return artifact, table, index, TokenStore(cache_shards(artifact, tmp_path / "cache"), index, pad_token_id=0)
+    return artifact, table, index, TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, pad_token_id=0)
 
 
 def leaf_order(table):
@@ -29,8 +30,8 @@ def test_planned_rows_are_read_whole(opened):
     batch = store.read(rows, 0, 1, 4)
     found = sorted(
         zip(
-            batch.query_id.tolist(),
-            batch.passage_id.tolist(),
+            batch.pairs.query_id.tolist(),
+            batch.pairs.passage_id.tolist(),
             rows_of(batch.query),
             rows_of(batch.passage),
             strict=True,
@@ -55,8 +56,8 @@ def test_ranks_share_a_batch_out(opened, num_ranks):
     rows = np.random.default_rng(0).permutation(240)[:48]
     whole = store.read(rows, 0, 1, 48)
     shares = [store.read(rows, rank, num_ranks, 5) for rank in range(num_ranks)]
-    assert {len(share.query_id) for share in shares} == {48 // num_ranks}
-    assert torch.cat([share.query_id for share in shares]).tolist() == whole.query_id.tolist()
+    assert {len(share.pairs.query_id) for share in shares} == {48 // num_ranks}
+    assert torch.cat([share.pairs.query_id for share in shares]).tolist() == whole.pairs.query_id.tolist()
     assert [row for share in shares for row in rows_of(share.passage)] == rows_of(whole.passage)
 
 
@@ -73,9 +74,9 @@ def test_padding_is_masked_and_micro_batches_are_of_similar_length(opened):
 
 def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
     artifact, *_ = opened
-    folder = cache_shards(artifact, tmp_path / "cache")
+    folder = cache_shards(artifact, tmp_path / "cache", False)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert cache_shards(artifact, tmp_path / "cache") == folder
+    assert cache_shards(artifact, tmp_path / "cache", False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     def fail(*_):
@@ -83,10 +84,38 @@ def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.data.Path.rename", fail)
     with pytest.raises(RuntimeError, match="killed"):
-        cache_shards(artifact, tmp_path / "other")
+        cache_shards(artifact, tmp_path / "other", False)
     assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_shards_carry_their_tokenizer(opened):
     artifact, *_ = opened
     assert load_tokenizer(artifact)("rose tulip")["input_ids"][0] == 2
+
+
+def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
+    artifact, table = make_shards(tmp_path / "root", teacher_width=6)
+    check_teacher(artifact)
+    index = shard_index(artifact)
+    expected = leaf_order(table)
+    for teacher in (True, False):  # both caches of the same shards, side by side
+        store = TokenStore(cache_shards(artifact, tmp_path / "cache", teacher), index, pad_token_id=0)
+        pairs = store.read(np.array([7, 200, 31, 90]), 0, 1, 4).pairs
+        assert (pairs.teacher_query is not None) == teacher
+        if not teacher:
+            continue
+        for side in ("query", "passage"):
+            wanted = {
+                (row["query_id"], row["passage_id"] - 2**64): row[f"teacher_{side}"]
+                for row in expected.take([7, 200, 31, 90]).to_pylist()
+            }
+            found = getattr(pairs, f"teacher_{side}")
+            assert found.dtype == torch.float16
+            ids = zip(pairs.query_id.tolist(), pairs.passage_id.tolist(), strict=True)
+            assert dict(zip(ids, found.tolist(), strict=True)) == wanted
+
+
+def test_shards_without_teacher_vectors_are_refused(opened):
+    artifact, *_ = opened
+    with pytest.raises(StrataError, match="carries no teacher vectors; set shard.teacher_vectors=true"):
+        check_teacher(artifact)

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from clusterlib.plan import BatchingConfig, Plan
+from train.clock import Clock
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.gradcache import accumulate_gradient
-from train.loss import MEASURES
+from train.loss import LossConfig, as_record
 from train.model import StudentConfig, build_student
 
 
@@ -14,6 +15,7 @@ class PlainLearner:
     def __init__(self, model):
         self.model = model
         self.num_graphs = 0
+        self.clock = Clock(torch.device("cpu"))
 
     def encode(self, input_ids, attention_mask):
         self.num_graphs += torch.is_grad_enabled()
@@ -29,7 +31,7 @@ def setting(shards, tmp_path, architecture):
     tokenizer = load_tokenizer(artifact)
     index = shard_index(artifact)
     plan = Plan(index, BatchingConfig(strategy="random", global_batch_size=32))
-    store = TokenStore(cache_shards(artifact, tmp_path / "cache"), index, tokenizer.pad_token_id)
+    store = TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, tokenizer.pad_token_id)
 
     def gradient(micro_batch_size, dropout):
         student = StudentConfig(
@@ -38,7 +40,7 @@ def setting(shards, tmp_path, architecture):
         learner = PlainLearner(build_student(student, tokenizer, 64, seed=1))
         torch.manual_seed(5)
         batch = store.read(plan.step(1, 2).rows, 0, 1, micro_batch_size)
-        measures = accumulate_gradient(learner, batch, 0.05)
+        measures = accumulate_gradient(learner, batch, LossConfig(temperature=0.05))
         return torch.cat([weight.grad.ravel() for weight in learner.model.parameters()]), measures, learner, batch
 
     return gradient
@@ -52,7 +54,7 @@ def test_cached_gradient_equals_plain(setting, micro_batch_size):
     assert learner.num_graphs == 2 * -(-32 // micro_batch_size)  # one micro-batch's graph at a time
     assert float((cached - plain).norm() / plain.norm()) < 1e-6
     torch.testing.assert_close(measures, plain_measures, rtol=1e-5, atol=1e-6)
-    assert dict(zip(MEASURES, measures.tolist(), strict=True))["masked_fraction"] > 0
+    assert as_record(measures)["masked_fraction"] > 0
 
 
 def test_cached_gradient_is_that_of_its_own_dropout(setting):
@@ -64,11 +66,11 @@ def test_cached_gradient_is_that_of_its_own_dropout(setting):
     for sign in (1, -1):
         weight.data += sign * 1e-2 * direction
         torch.manual_seed(5)
-        losses.append(float(accumulate_gradient(_Forward(learner.model), batch, 0.05)[0]))
+        losses.append(float(accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]))
         weight.data -= sign * 1e-2 * direction
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=0.05)
     torch.manual_seed(5)
-    assert float(accumulate_gradient(_Forward(learner.model), batch, 0.05)[0]) == pytest.approx(
+    assert float(accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]) == pytest.approx(
         float(measures[0]), rel=1e-6
     )
 

@@ -6,7 +6,8 @@ import pyarrow as pa
 import torch
 
 from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import STEPS
+from clusterlib.tables import SIMILARITY_BINS, STEPS
+from train.clock import Clock
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.loop import Progress, TrainConfig, fit
 from train.loss import MEASURES
@@ -15,11 +16,12 @@ PHASES = [{"fraction": 0.25, "strategy": "source"}, {"fraction": 0.75, "strategy
 
 
 def test_records_say_phase_epoch_and_stratum(shards, tmp_path, architecture, monkeypatch):
-    monkeypatch.setattr("train.loop.accumulate_gradient", lambda *_: torch.zeros(len(MEASURES)))
-    engine = SimpleNamespace(device=torch.device("cpu"), step=lambda: (0.0, 0.0))
+    monkeypatch.setattr("train.loop.accumulate_gradient", lambda *_: torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS))
+    device = torch.device("cpu")
+    engine = SimpleNamespace(device=device, clock=Clock(device), step=lambda learning_rate: 0.0)
     artifact, _ = shards
     index = shard_index(artifact)
-    store = TokenStore(cache_shards(artifact, tmp_path), index, load_tokenizer(artifact).pad_token_id)
+    store = TokenStore(cache_shards(artifact, tmp_path, False), index, load_tokenizer(artifact).pad_token_id)
     plan = Plan(index, BatchingConfig(global_batch_size=32, phases=PHASES))
     epochs = [phase.num_batches for phase in plan.phases]
     student = {"architecture": architecture}

@@ -80,6 +80,19 @@ def test_random_weights_depend_on_the_seed_alone(tokenizer_folder, architecture)
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+@pytest.mark.parametrize("origin", ["loaded", "random"])
+def test_a_student_is_in_training_mode_and_checkpoints_when_asked(
+    tokenizer_folder, architecture, encoder_folder, origin
+):
+    tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
+    origins = {"loaded": {"model": ModelRef(name=str(encoder_folder))}, "random": {"architecture": architecture}}
+    for checkpointing in (False, True):
+        student = build_student(StudentConfig(**origins[origin]), tokenizer, 64, 0, checkpointing)
+        assert all(module.training for module in student.modules())
+        assert student.backbone.is_gradient_checkpointing == checkpointing
+    assert student.backbone.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooling_and_norm_follow_their_definition(encoder_folder, pooling):
     from transformers import AutoModel

@@ -1,35 +1,55 @@
 """Real ranks under DeepSpeed: the gradient is that of one process with the whole batch, and resumes are exact."""
 
+import functools
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clusterlib.plan import BatchingConfig, Plan
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
+from train.loss import LossConfig, as_record
 from train.model import StudentConfig, build_student
 
 BATCH = 24
-TEMPERATURE = 0.05
-NUM_RANKS = (1, 2)
+NUM_RANKS = (1, 2, 4)
 STAGES = (0, 1, 2)
-MICRO = {"plain": 24, "cached": 5}  # 24 rows are one micro-batch on one rank and on two
+MICRO = {"plain": 24, "cached": 5}  # 24 rows are one micro-batch on any ranks; of 5, the last is smaller
+LOSSES = {
+    "both": {"bidirectional": True},
+    "prefixes": {"matryoshka_dims": [4, 16]},
+    "teacher": {"teacher_margin": 0.2},
+    "all": {"bidirectional": True, "matryoshka_dims": [8], "teacher_margin": 0.2},
+}
+
+
+def loss_config(name):
+    # A similarity is rounded by 6e-8, which the temperature divides: at 0.05 a float32 gradient is known to about 1e-6.
+    return LossConfig(temperature=0.1, **LOSSES.get(name, {}))
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory, make_shards, architecture):
-    """Runs every case once for each number of ranks; returns the artifact and the folder of results."""
+def setting(tmp_path_factory, make_shards, architecture):
     folder = tmp_path_factory.mktemp("ranks")
-    shards, _ = make_shards(folder / "root")
+    shards, _ = make_shards(folder / "root", teacher_width=6)
     quiet = {**architecture, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return shards, folder, quiet, architecture
+
+
+@pytest.fixture(scope="module")
+def outcome(setting):
+    """Runs ranks when first asked for them; returns what reads their results."""
+    _, folder, quiet, noisy = setting
     case = {
         "student": {"architecture": quiet},
-        "loss": {"temperature": TEMPERATURE},
+        "loss": loss_config("").model_dump(),
         "optimizer": {"learning_rate": 1e-3, "max_gradient_norm": 1e9},
         "steps": 4,
         "seed": 3,
@@ -39,10 +59,52 @@ def outcome(tmp_path_factory, make_shards, architecture):
         for stage in STAGES
         for micro, size in MICRO.items()
     }
+    cached = cases["zero1-cached"]
+    cases |= {name: {**cached, "loss": loss_config(name).model_dump()} for name in LOSSES}
+    cases["checkpointed"] = {**cached, "gradient_checkpointing": True}
     for stage in STAGES:
         cases[f"bf16-zero{stage}"] = {**cases[f"zero{stage}-cached"], "precision": "bf16"}
-    dropout = {**case, "student": {"architecture": architecture}, "micro_batch_size": 5, "checkpoint_every_steps": 2}
-    resumes = {f"resume{stage}": {**dropout, "zero_stage": stage} for stage in STAGES}
+    run = {**case, "micro_batch_size": 5, "checkpoint_every_steps": 2}
+
+    @functools.cache
+    def gradients(num_ranks):
+        run_ranks(num_ranks, setting, cases, {})
+
+    @functools.cache
+    def resumes(num_ranks):
+        runs = {}
+        for stage in STAGES:
+            config = {**run, "student": {"architecture": noisy}, "zero_stage": stage}
+            whole = f"whole{stage}-{num_ranks}"
+            runs[whole] = {"config": config, "load": None}
+            runs[f"resumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / whole / "2")}
+        run_ranks(num_ranks, setting, {}, runs)
+
+    @functools.cache
+    def moves():
+        """Two ranks under ZeRO 2, then one without ZeRO, then two under ZeRO 1; and two under ZeRO 1 all along."""
+        steps = {**run, "steps": 6}
+        first = {"config": {**steps, "zero_stage": 2}, "load": None}
+        undisturbed = {"config": {**steps, "zero_stage": 1}, "load": None}
+        second = {"config": {**steps, "zero_stage": 0}, "load": str(folder / "first" / "2")}
+        third = {"config": {**steps, "zero_stage": 1}, "load": str(folder / "second" / "4")}
+        run_ranks(2, setting, {}, {"first": first, "undisturbed": undisturbed})
+        run_ranks(1, setting, {}, {"second": second})
+        run_ranks(2, setting, {}, {"third": third})
+
+    def read(make, name, *num_ranks):
+        make(*num_ranks)
+        return torch.load(folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt", weights_only=True)
+
+    return SimpleNamespace(
+        gradient=functools.partial(read, gradients),
+        resume=functools.partial(read, resumes),
+        move=functools.partial(read, moves),
+    )
+
+
+def run_ranks(num_ranks, setting, cases, runs):
+    shards, folder, *_ = setting
     settings = {
         "root": str(folder / "root"),
         "shards": shards.name,
@@ -50,28 +112,22 @@ def outcome(tmp_path_factory, make_shards, architecture):
         "out": str(folder),
         "batching": {"strategy": "cluster", "k": 2, "global_batch_size": BATCH},
         "cases": cases,
-        "resumes": resumes,
+        "runs": runs,
     }
-    (folder / "settings.json").write_text(json.dumps(settings))
-    for num_ranks in NUM_RANKS:
-        run_ranks(num_ranks, folder / "settings.json")
-    return shards, folder, quiet
-
-
-def run_ranks(num_ranks, settings):
+    path = folder / "settings.json"
+    path.write_text(json.dumps(settings))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("ranks_worker.py")), str(settings)],
+            [sys.executable, str(Path(__file__).with_name("ranks_worker.py")), str(path)],
             env={
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(num_ranks),
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,29 +141,45 @@ def run_ranks(num_ranks, settings):
 
 
 @pytest.fixture(scope="module")
-def reference(outcome, tmp_path_factory):
+def reference(setting, tmp_path_factory):
     """Torch alone, one process, the whole batch in one pass, float64, the loss spelled out: gradient and loss."""
-    shards, _, architecture = outcome
+    shards, _, architecture, _ = setting
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=BATCH))
-    store = TokenStore(cache_shards(shards, tmp_path_factory.mktemp("cache")), index, tokenizer.pad_token_id)
+    store = TokenStore(cache_shards(shards, tmp_path_factory.mktemp("cache"), True), index, tokenizer.pad_token_id)
     batch = store.read(plan.step(0, 1).rows, 0, 1, BATCH)
-    model = build_student(StudentConfig(architecture=architecture), tokenizer, 64, seed=3).double()
-    query, passage = (_embed(model, side) for side in (batch.query, batch.passage))
-    losses = []
-    for row in range(BATCH):
-        kept = [
-            column
-            for column in range(BATCH)
-            if column == row
-            or (batch.passage_id[column] != batch.passage_id[row] and batch.query_id[column] != batch.query_id[row])
-        ]
-        logits = query[row] @ passage[kept].T / TEMPERATURE
-        losses.append(torch.logsumexp(logits, 0) - logits[kept.index(row)])
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    return torch.cat([weight.grad.ravel() for weight in model.parameters()]), float(loss.detach())
+
+    @functools.cache
+    def of(loss_name=""):
+        config = loss_config(loss_name)
+        model = build_student(StudentConfig(architecture=architecture), tokenizer, 64, seed=3).double()
+        query, passage = (_embed(model, side) for side in (batch.query, batch.passage))
+        teacher = batch.pairs.teacher_query.double() @ batch.pairs.teacher_passage.double().T
+        negative = (batch.pairs.query_id[:, None] != batch.pairs.query_id) & (
+            batch.pairs.passage_id[:, None] != batch.pairs.passage_id
+        )
+        if config.teacher_margin is not None:
+            negative &= teacher < teacher.diagonal()[:, None] - config.teacher_margin
+        kept = negative | torch.eye(BATCH, dtype=torch.bool)
+        losses = []
+        for width in (*config.matryoshka_dims, query.shape[1]):
+            short = [vectors[:, :width] / vectors[:, :width].norm(dim=1, keepdim=True) for vectors in (query, passage)]
+            logits = short[0] @ short[1].T / config.temperature
+            losses.append(_cross_entropy(logits, kept))
+            if config.bidirectional:
+                losses.append(_cross_entropy(logits.T, kept.T))
+        loss = sum(losses) / len(losses)
+        loss.backward()
+        return torch.cat([weight.grad.ravel() for weight in model.parameters()]), float(loss.detach())
+
+    return of
+
+
+def _cross_entropy(logits, kept):
+    """Of the diagonal, over the kept columns of each row."""
+    rows = range(len(logits))
+    return sum(torch.logsumexp(logits[row][kept[row]], 0) - logits[row, row] for row in rows) / len(logits)
 
 
 def _embed(model, side):
@@ -117,12 +189,7 @@ def _embed(model, side):
     return (pooled / pooled.norm(dim=1, keepdim=True))[side.places]
 
 
-@pytest.mark.parametrize("num_ranks", NUM_RANKS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("micro", MICRO)
-def test_gradient_equals_one_process_with_the_whole_batch(outcome, reference, num_ranks, stage, micro):
-    _, folder, _ = outcome
-    found = torch.load(folder / f"zero{stage}-{micro}-{num_ranks}.pt", weights_only=True)
+def assert_exact(found, reference):
     gradient, loss = reference
     error = float((found["gradient"] - gradient).norm() / gradient.norm())
     assert error < 1e-6, error
@@ -132,21 +199,60 @@ def test_gradient_equals_one_process_with_the_whole_batch(outcome, reference, nu
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("micro", MICRO)
+def test_gradient_equals_one_process_with_the_whole_batch(outcome, reference, num_ranks, stage, micro):
+    assert_exact(outcome.gradient(f"zero{stage}-{micro}", num_ranks), reference())
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_exact_over_ranks(outcome, reference, num_ranks, name):
+    found = outcome.gradient(name, num_ranks)
+    assert_exact(found, reference(name))
+    by_teacher = as_record(found["measures"])["teacher_masked_fraction"]
+    assert (by_teacher > 0) == (name in ("teacher", "all"))
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+def test_gradient_checkpointing_changes_nothing(outcome, reference, num_ranks):
+    assert_exact(outcome.gradient("checkpointed", num_ranks), reference())
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_gradient_is_reduced_once_a_step(outcome, num_ranks, stage):
+    found = outcome.gradient(f"zero{stage}-cached", num_ranks)
+    num_micro_batches = 2 * math.ceil(BATCH / num_ranks / MICRO["cached"])
+    # ZeRO 2 keeps no whole gradient to add to, so it reduces each micro-batch's.
+    assert found["num_reduced"] == found["num_parameters"] * (num_micro_batches if stage == 2 else 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_bf16_is_near_and_keeps_float32_weights(outcome, reference, num_ranks, stage):
-    _, folder, _ = outcome
-    found = torch.load(folder / f"bf16-zero{stage}-{num_ranks}.pt", weights_only=True)
-    gradient, loss = reference
+    found = outcome.gradient(f"bf16-zero{stage}", num_ranks)
+    gradient, loss = reference()
     assert found["dtype"] == "torch.float32"
     assert 1e-6 < float((found["gradient"] - gradient).norm() / gradient.norm()) < 0.1
     assert float(found["measures"][0]) == pytest.approx(loss, rel=0.01)
 
 
-@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_and_two_steps_are_four(outcome, num_ranks, stage):
-    _, folder, _ = outcome
-    found = torch.load(folder / f"resume{stage}-{num_ranks}.pt", weights_only=True)
-    assert found["started_at"] == 2
-    whole, resumed = found["records"]
-    assert len(whole) == 4 and whole == resumed  # losses and norms to the last bit
-    assert torch.equal(*found["weights"])
+    whole, resumed = (outcome.resume(f"{name}{stage}", num_ranks) for name in ("whole", "resumed"))
+    assert (whole["started_at"], resumed["started_at"]) == (0, 2)
+    assert len(whole["records"]) == 4 and whole["records"] == resumed["records"]  # to the last bit
+    assert torch.equal(whole["weights"], resumed["weights"])
+
+
+def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
+    undisturbed, second, third = (outcome.move(name) for name in ("undisturbed", "second", "third"))
+    assert (second["started_at"], third["started_at"]) == (2, 4)
+    assert len(third["records"]) == 6
+    for found, wanted in zip(third["records"], undisturbed["records"], strict=True):
+        assert found["stratum"] == wanted["stratum"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["learning_rate"] == wanted["learning_rate"]
+    difference = (third["weights"] - undisturbed["weights"]).norm() / undisturbed["weights"].norm()
+    assert difference < 1e-5

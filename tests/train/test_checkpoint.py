@@ -1,0 +1,80 @@
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem
+
+from train import checkpoint
+from train.engine import OptimizerConfig
+from train.loop import Progress, TrainConfig
+
+
+class StillEngine:
+    """An engine's state, without the engine."""
+
+    def __init__(self, value):
+        self.value = torch.tensor([value])
+        self.num_updates = None
+
+    def state(self):
+        return {"weight/a": self.value}
+
+    def restore(self, state, num_updates):
+        self.value, self.num_updates = state["weight/a"], num_updates
+
+
+@pytest.fixture
+def folder(tmp_path, architecture):
+    """Checkpoints after 2, 10 and 12 steps, beside a file that is none."""
+    config = TrainConfig(student={"architecture": architecture}, optimizer=OptimizerConfig(learning_rate=0.1), steps=12)
+    for step in (2, 10, 12):
+        path = tmp_path / f"step-{step:09d}"
+        path.mkdir()
+        checkpoint.save(path, StillEngine(float(step)), Progress([{"step": n} for n in range(step)]), config, 0)
+    (tmp_path / "snapshot.json").write_text("{}")
+    return tmp_path
+
+
+def latest(folder):
+    return checkpoint.latest(LocalFileSystem(), str(folder))
+
+
+def test_the_latest_checkpoint_is_loaded(folder, capsys):
+    found = latest(folder)
+    assert found == str(folder / "step-000000012") and not capsys.readouterr().out
+    engine = StillEngine(0.0)
+    progress = checkpoint.load(folder / "step-000000012", engine)
+    assert progress.step == 12 == engine.num_updates and float(engine.value) == 12
+
+
+def damage_state(path):
+    data = bytearray((path / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "state.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_state, "state.safetensors is not as it was written"),
+        (lambda path: (path / "state.safetensors").write_bytes(b""), "state.safetensors is not as it was written"),
+        (lambda path: (path / "steps.parquet").unlink(), "it is incomplete"),
+        (lambda path: (path / "digests.json").unlink(), "it is incomplete"),
+        (lambda path: (path / "digests.json").write_text('{"state'), "it is incomplete"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, capsys, damage, message):
+    damage(folder / "step-000000012")
+    assert latest(folder) == str(folder / "step-000000010")
+    output = capsys.readouterr().out
+    assert "step-000000012 is not used" in output and message in output
+
+
+def test_without_a_whole_checkpoint_there_is_none(folder):
+    for path in folder.glob("step-*"):
+        damage_state(path)
+    assert latest(folder) is None
+    assert latest(folder / "absent") is None
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    checkpoint.save(tmp_path, StillEngine(0.0), Progress(), None, rank=1)
+    assert not list(tmp_path.iterdir())
