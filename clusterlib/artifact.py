@@ -402,6 +402,7 @@ class Draft:
             )
         made = self.root.find(self.spec)
         if made is not None:
+            self.sweep(made)
             return made
         manifest = {
             "kind": self.spec.kind,
@@ -422,11 +423,14 @@ class Draft:
         }
         data = json.dumps(manifest, indent=1).encode()
         self._replace(MANIFEST, lambda stream: stream.write(data))
-        self._sweep({MANIFEST, *(part.path for part in parts)})
-        return Artifact(self.root, json.loads(data))
+        made = Artifact(self.root, json.loads(data))
+        self.sweep(made)
+        return made
 
-    def _sweep(self, keep: set[str]) -> None:
+    def sweep(self, made: Artifact) -> None:
+        """Delete what the finished artifact does not name: receipts, and what killed or late tasks left."""
         fs = self.root.fs
+        keep = {MANIFEST, *(part["path"] for part in made.manifest["parts"])}
         entries = fs.get_file_info(pafs.FileSelector(self.path, recursive=True))
         folders = {str(parent) for path in keep for parent in Path(path).parents}
         for entry in entries:

@@ -106,7 +106,7 @@ def make(
     progress = ProgressLine(label, len(todo), len(tasks) - len(todo))
     if todo:
         dataset = ray.data.from_items([{"task": index} for index in range(len(todo))], override_num_blocks=len(todo))
-        made = dataset.map_batches(
+        signed = dataset.map_batches(
             _Actor,
             fn_constructor_args=(draft, todo, worker),
             batch_size=1,
@@ -115,7 +115,7 @@ def make(
             num_gpus=workers.num_gpus,
             memory=workers.memory_bytes or None,
         )
-        for row in made.iter_rows():
+        for row in signed.iter_rows():
             if row["error"]:
                 raise StrataError(row["error"])
             progress.advance(row["num_rows"])
@@ -124,7 +124,9 @@ def make(
     if len(receipts) == len(tasks):
         return publish(receipts)
     # Another driver that works on the same artifact was first to publish it, and swept the receipts.
-    return draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
+    made = draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
+    draft.sweep(made)
+    return made
 
 
 def _pool(workers: Workers, num_tasks: int) -> ray.data.ActorPoolStrategy:

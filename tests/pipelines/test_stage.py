@@ -1,4 +1,5 @@
 import functools
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -63,4 +64,6 @@ def test_parts_are_in_task_order_and_a_failed_task_is_done_again(draft):
 def test_a_driver_that_was_overtaken_returns_what_the_other_made(draft):
     made = run(draft, Overtaken)
     made.verify()
+    files = [path for path in Path(made.path).rglob("*") if path.is_file()]
+    assert len(files) == 2  # the other's part and manifest: late receipts are swept
     assert made.stats["by"] == "other" and made.read()["x"].to_pylist() == list(range(6))
