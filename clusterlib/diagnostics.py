@@ -13,11 +13,11 @@ from clusterlib.plan import Phase, Plan
 
 @dataclass(frozen=True)
 class Visits:
-    """What the first epoch of a phase visits of a source, or of all of them.
+    """What the first epoch of a phase visits of a source, or of all of them; with neighbors, as seeds.
 
     Attributes:
         num_strata: strata that batches are drawn from.
-        batches_per_stratum: the smallest, median and largest stratum's rows over the batch size.
+        batches_per_stratum: the smallest, median and largest stratum's rows over those that a batch visits.
         coverage_fraction: rows visited, of all its rows; when there are several laps, in one of them.
         pure_fraction: batches whose rows are of one stratum (with topic: parts of batches), of all.
         num_dropped_rows: rows that fill no batch; which ones changes every lap.
@@ -49,20 +49,20 @@ class PhaseSummary:
 def summarize(plan: Plan, num_steps: int) -> list[PhaseSummary]:
     """What each phase of a run of `num_steps` visits."""
     steps = np.diff(plan.first_steps(num_steps)).tolist()
-    size = plan.config.global_batch_size
     return [
         PhaseSummary(
             phase.settings.title,
             num,
             num / phase.num_batches,
-            _visits("all", phase, range(len(phase.sources)), size),
-            [_visits(source.name, phase, [number], size) for number, source in enumerate(phase.sources)],
+            _visits("all", phase, range(len(phase.sources))),
+            [_visits(source.name, phase, [number]) for number, source in enumerate(phase.sources)],
         )
         for num, phase in zip(steps, plan.phases, strict=True)
     ]
 
 
-def _visits(name: str, phase: Phase, numbers: Sequence[int], size: int) -> Visits:
+def _visits(name: str, phase: Phase, numbers: Sequence[int]) -> Visits:
+    size = phase.visits_per_batch
     sources = [phase.sources[number] for number in numbers]
     laps = np.array([phase.lap_batches[number] for number in numbers])
     batches = np.array([phase.epoch_batches[number] for number in numbers])

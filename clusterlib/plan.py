@@ -4,7 +4,8 @@ No files, no communication, no dependence on the number of ranks. A plan's memor
 strata, not rows, and batch i is had without batches 0..i-1, so a resumed run starts where it stopped.
 
 A run is a list of phases. A phase shuffles the rows of every stratum and cuts them into *blocks*; a block is
-a batch or, with strategy `topic`, one of the equal parts of a batch. A source goes through its blocks in
+a batch, one of the equal parts of a batch with strategy `topic`, or with strategy `neighbors` the seeds of a
+batch, which bring their neighbours. A source goes through its blocks in
 *laps*: each lap shuffles rows and blocks anew and visits a row at most once. An epoch takes the next batches
 of every source's laps, in random order: a whole lap of each, unless weights or a cap ask for more or fewer.
 """
@@ -23,11 +24,14 @@ from pydantic import Field, field_validator, model_validator
 
 from clusterlib.config import Config
 from clusterlib.errors import StrataError
+from clusterlib.neighbors import NeighborsConfig, gather
 from clusterlib.permutation import permute
 from clusterlib.shards import ShardIndex
 from clusterlib.strata import Leftover, Segment, Stratum, by_cluster, by_source, cut_blocks, everything
 
-Strategy = Literal["random", "source", "cluster", "topic"]
+_FILLING = 2**32  # keys of permutations from here on are no source's or stratum's own
+
+Strategy = Literal["random", "source", "cluster", "topic", "neighbors"]
 
 
 class PhaseConfig(Config):
@@ -44,8 +48,8 @@ class PhaseConfig(Config):
 
     @property
     def has_clusters(self) -> bool:
-        """Whether batches are made of clusters, so that k matters."""
-        return self.strategy in ("cluster", "topic")
+        """Whether batches are made of clusters or mined in them, so that k matters."""
+        return self.strategy in ("cluster", "topic", "neighbors")
 
 
 class BatchingConfig(Config):
@@ -55,13 +59,15 @@ class BatchingConfig(Config):
         "cluster",
         description="random: all sources mixed; source: one source a batch; cluster: one cluster of one "
         "source a batch (arXiv 2407.18887); topic: equal parts of several clusters of one source, drawn at "
-        "random (TAS-B, arXiv 2104.06967)",
+        "random (TAS-B, arXiv 2104.06967); neighbors: pairs of one source, drawn at random, each with mined "
+        "neighbours of its cluster (see clusterlib.neighbors)",
     )
     k: int | None = Field(
         None, ge=1, description="clusters per source, up to cluster.num_leaves; by default every leaf is one"
     )
     global_batch_size: int = Field(..., ge=2, description="pairs a step, over all ranks")
     clusters_per_batch: int = Field(4, ge=2, description="parts of a batch of strategy topic, each of one cluster")
+    neighbors: NeighborsConfig = NeighborsConfig()
     leftover: Leftover = Field(
         "merge",
         description="rows of a cluster that fill no batch (with topic: no part of one): drop them, merge them "
@@ -109,10 +115,16 @@ class BatchingConfig(Config):
                 f"clusters_per_batch={self.clusters_per_batch} does not divide "
                 f"global_batch_size={self.global_batch_size}; a topic batch has equal parts"
             )
+        group = 1 + self.neighbors.per_seed
+        if "neighbors" in strategies and self.global_batch_size % group:
+            raise ValueError(
+                f"neighbors.per_seed={self.neighbors.per_seed} makes groups of {group} pairs, which do not divide "
+                f"global_batch_size={self.global_batch_size}"
+            )
         if "random" in strategies and (self.source_weights or self.max_source_fraction):
             raise ValueError(
                 "source_weights and max_source_fraction choose between batches of different sources, and a random "
-                "batch mixes all sources; use strategy source, cluster or topic, or set neither"
+                "batch mixes all sources; use another strategy, or set neither"
             )
         return self
 
@@ -129,7 +141,7 @@ class Batch:
     """One global minibatch.
 
     Attributes:
-        rows: int64 [B], numbers in leaf order, all different.
+        rows: int64 [B], numbers in leaf order, all different; with strategy neighbors, seeds first.
         strata: numbers of the strata of its phase that the rows are from, each once.
         label: name of the stratum; `SOURCE/mixed` when there are several.
         phase: number of its phase.
@@ -141,6 +153,21 @@ class Batch:
     label: str
     phase: int
     epoch: int
+
+
+@dataclass(frozen=True)
+class Mining:
+    """When the neighbours that a step needs are mined, and how.
+
+    Attributes:
+        step: the step before which they are mined.
+        phase: number of the phase they are for.
+        by_student: by the student's vectors of that step, not the teacher's.
+    """
+
+    step: int
+    phase: int
+    by_student: bool
 
 
 class Plan:
@@ -169,14 +196,30 @@ class Plan:
         ends = itertools.accumulate(phase.settings.fraction for phase in self.phases[:-1])
         return [0, *(round(end * num_steps) for end in ends), num_steps]
 
-    def step(self, step: int, num_steps: int) -> Batch:
-        """The batch of optimizer step `step` of a run of `num_steps`."""
+    def step(self, step: int, num_steps: int, neighbors: np.ndarray | None = None) -> Batch:
+        """The batch of optimizer step `step` of a run of `num_steps`.
+
+        Args:
+            neighbors: int64 [rows, w], what the step's `mining` found; see `Phase.batch`.
+        """
+        phase, since = self._phase(step, num_steps)
+        return phase.batch(*divmod(since, phase.num_batches), neighbors)
+
+    def mining(self, step: int, num_steps: int) -> Mining | None:
+        """What step `step` of a run of `num_steps` needs mined; None where its batch has no neighbours."""
+        phase, since = self._phase(step, num_steps)
+        if phase.settings.strategy != "neighbors":
+            return None
+        since_mined = since % (self.config.neighbors.refresh_every_steps or num_steps)
+        return Mining(step - since_mined, self.phases.index(phase), since_mined < since)
+
+    def _phase(self, step: int, num_steps: int) -> tuple[Phase, int]:
+        """The phase of a step, and the number of its steps before that one."""
         if not 0 <= step < num_steps:
             raise IndexError(f"step {step} of a run of {num_steps}")
         first = self.first_steps(num_steps)
         number = bisect_right(first, step) - 1
-        phase = self.phases[number]
-        return phase.batch(*divmod(step - first[number], phase.num_batches))
+        return self.phases[number], step - first[number]
 
 
 class Phase:
@@ -186,6 +229,8 @@ class Phase:
         settings: its entry of `BatchingConfig.schedule`.
         sources: in leaf order.
         strata: those of all sources, in leaf order.
+        searched: with strategy neighbors, the clusters that neighbours are mined in: all rows, in leaf order.
+        visits_per_batch: rows of a batch that count as visited, all or with strategy neighbors the seeds.
         lap_batches: of each source, batches that visit its rows once.
         epoch_batches: of each source, batches of an epoch.
         num_batches: of an epoch; the same for every epoch.
@@ -196,11 +241,20 @@ class Phase:
         self._number = number
         self._seed = config.seed
         self._blocks_per_batch = config.clusters_per_batch if self.settings.strategy == "topic" else 1
+        self._size = self.visits_per_batch = config.global_batch_size
+        self._neighbors = config.neighbors
         _check_k(index, config, number)
-        block_size = config.global_batch_size // self._blocks_per_batch
+        self.searched: list[Stratum] = []
+        if self.settings.strategy == "neighbors":
+            self.searched = [stratum for strata in by_cluster(index, self.settings.k).values() for stratum in strata]
+            self.visits_per_batch //= 1 + config.neighbors.per_seed
+        block_size = self.visits_per_batch // self._blocks_per_batch
         self.sources = cut_blocks(index, _strata(index, self.settings), config.leftover, block_size)
         self.strata = [stratum for source in self.sources for stratum in source.strata]
-        self.lap_batches = [source.num_blocks // self._blocks_per_batch for source in self.sources]
+        self.lap_batches = [
+            source.num_blocks // self._blocks_per_batch if source.num_rows >= self._size else 0
+            for source in self.sources
+        ]
         if not any(self.lap_batches):
             largest = max(self.strata, key=lambda stratum: stratum.num_rows)
             raise StrataError(
@@ -215,8 +269,14 @@ class Phase:
         self._first = np.cumsum([0, *self.epoch_batches])  # of each source among an epoch's batches, unshuffled
         self.num_batches = int(self._first[-1])
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        """Batch `index` of `epoch`."""
+    def batch(self, epoch: int, index: int, neighbors: np.ndarray | None = None) -> Batch:
+        """Batch `index` of `epoch`.
+
+        Args:
+            neighbors: int64 [rows, w], for strategy neighbors only, and needed there: see
+                `clusterlib.neighbors.gather`. Where the seeds have too few, rows of their source drawn at
+                random fill the batch.
+        """
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of an epoch of {self.num_batches}")
         place = int(self._permute(index, index + 1, self.num_batches, epoch, 0)[0])
@@ -228,6 +288,13 @@ class Phase:
         blocks = self._permute(place * parts, (place + 1) * parts, source.num_blocks, lap, 1 + number)
         segments = [segment for block in blocks for segment in source.block(int(block))]
         rows = np.concatenate([self._rows(segment, lap) for segment in segments])
+        if self.settings.strategy == "neighbors":
+            if neighbors is None:
+                raise ValueError("a batch of strategy neighbors without a table of neighbours")
+            (stratum,) = source.strata
+            rows = gather(rows, neighbors, self._neighbors.per_seed, (self._seed, self._number, epoch, index))
+            others = self._permute(0, self._size, stratum.num_rows, count, _FILLING + number) + stratum.first_row
+            rows = np.concatenate([rows, others[~np.isin(others, rows)][: self._size - len(rows)]])
         strata = tuple(dict.fromkeys(segment.stratum for segment in segments))
         label = self.strata[strata[0]].name if len(strata) == 1 else f"{source.name}/mixed"
         return Batch(rows, strata, label, self._number, epoch)
@@ -252,7 +319,7 @@ def _check_k(index: ShardIndex, config: BatchingConfig, number: int) -> None:
 def _strata(index: ShardIndex, settings: PhaseConfig) -> dict[str, list[Stratum]]:
     if settings.strategy == "random":
         return everything(index)
-    return by_cluster(index, settings.k) if settings.has_clusters else by_source(index)
+    return by_cluster(index, settings.k) if settings.strategy in ("cluster", "topic") else by_source(index)
 
 
 def _cap(counts: Sequence[int], fraction: float | None) -> list[int]:

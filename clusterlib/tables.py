@@ -70,6 +70,7 @@ STEPS = pa.schema(
         ("gradient_norm", pa.float64()),
         ("num_tokens", pa.int64()),
         ("step_seconds", pa.float64()),  # rank 0's, as are its parts below
+        ("mining_seconds", pa.float64()),  # mining or fetching neighbours, before the steps that need others
         ("data_seconds", pa.float64()),  # reading the batch
         ("forward_seconds", pa.float64()),  # encoding and the loss; with GradCache, its first pass
         ("backward_seconds", pa.float64()),  # with GradCache, its second pass, forward and backward
@@ -88,6 +89,11 @@ SCORES = pa.schema(
         ("value", pa.float64()),
     ]
 )
+
+
+def neighbors_schema(width: int) -> pa.Schema:
+    """Of every row in leaf order the numbers of `width` others, nearest first: see clusterlib.neighbors."""
+    return pa.schema([("neighbors", pa.list_(pa.int64(), width))])
 
 
 def embeddings_schema(width: int) -> pa.Schema:

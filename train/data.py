@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +24,8 @@ from clusterlib.tree import from_table
 from train.loss import Pairs
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
-_CACHED = ["query_id", "passage_id", "query_tokens", "passage_tokens"]
+_IDS = ["query_id", "passage_id"]
+_TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
 _PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
 
@@ -48,7 +51,7 @@ class _File:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         # uint64 ids as int64 of the same bits: they are only compared.
-        self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in ("query_id", "passage_id")}
+        self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in _IDS}
         self.pairs |= {name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names}
         self.query_tokens = _Ragged(batch["query_tokens"])
         self.passage_tokens = _Ragged(batch["passage_tokens"])
@@ -69,8 +72,13 @@ class Side:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's b pairs of a global batch."""
+    """One rank's b pairs of a global batch.
 
+    Attributes:
+        rows: int64 [b], their numbers in leaf order.
+    """
+
+    rows: np.ndarray
     query: Side
     passage: Side
     pairs: Pairs
@@ -81,8 +89,11 @@ class RankBatch:
             moved = [(ids.to(device), mask.to(device)) for ids, mask in side.micro_batches]
             return Side(moved, side.places.to(device))
 
-        return RankBatch(
-            move(self.query), move(self.passage), self.pairs.map(lambda tensor: tensor.to(device)), self.num_tokens
+        return dataclasses.replace(
+            self,
+            query=move(self.query),
+            passage=move(self.passage),
+            pairs=self.pairs.map(lambda tensor: tensor.to(device)),
         )
 
 
@@ -99,16 +110,14 @@ def load_tokenizer(shards: Artifact) -> Any:
         return AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
 
 
-def check_teacher(shards: Artifact) -> None:
-    """Refuse to filter by a teacher whose vectors are not there.
+def check_teacher(shards: Artifact, setting: str) -> None:
+    """Refuse a setting that needs the teacher's vectors where there are none.
 
     Raises:
         StrataError: the shards carry none.
     """
     if any(not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names) for part in shards.parts()[:1]):
-        raise StrataError(
-            f"train.loss.teacher_margin: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true"
-        )
+        raise StrataError(f"{setting}: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true")
 
 
 def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
@@ -119,7 +128,7 @@ def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
     Args:
         teacher: copy the teacher's vectors too; see `check_teacher`.
     """
-    columns = [*_CACHED, *_TEACHER] if teacher else _CACHED
+    columns = [*_IDS, *_TOKENS, *(_TEACHER if teacher else [])]
     suffix = "-teacher" if teacher else ""
     final = cache_dir.expanduser() / f"{shards.fingerprint}-{shards.manifest['digest']}{suffix}"
     if final.is_dir():
@@ -140,12 +149,26 @@ def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
     return final
 
 
-class TokenStore:
-    """Reads planned rows from the folder that `cache_shards` made."""
+def _pairs(pieces: Sequence[tuple[_File, np.ndarray]], columns: Sequence[str]) -> Pairs:
+    return Pairs(
+        **{
+            name: torch.from_numpy(np.concatenate([file.pairs[name][rows] for file, rows in pieces]))
+            for name in columns
+        }
+    )
 
-    def __init__(self, folder: Path, index: ShardIndex, pad_token_id: int) -> None:
+
+class TokenStore:
+    """Reads planned rows from the folder that `cache_shards` made.
+
+    Args:
+        teacher: batches carry the teacher's vectors.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, pad_token_id: int, teacher: bool = False) -> None:
         self._index = index
         self._pad_token_id = pad_token_id
+        self._columns = [*_IDS, *(_TEACHER if teacher else [])]
         self._files: dict[int, _File] = {}
         for path in sorted(folder.glob("*.arrow")):
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -159,29 +182,31 @@ class TokenStore:
             rows: int64 [B], numbers in leaf order; B is a multiple of `num_ranks`. Their order does not
                 matter to the loss, so ranks share them out in file order, which reads best.
         """
-        files, file_rows = self._index.locate(rows)
-        order = np.lexsort((file_rows, files))
+        order, files, file_rows = self._in_file_order(rows)
         share = len(rows) // num_ranks
-        mine = order[rank * share : (rank + 1) * share]
-        files, file_rows = files[mine], file_rows[mine]
-        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), share]
-        pieces = [
-            (self._files[int(files[start])], file_rows[start:stop])
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        mine = slice(rank * share, (rank + 1) * share)
+        pieces = self._pieces(files[mine], file_rows[mine])
         query, query_tokens = self._side([(file.query_tokens, rows) for file, rows in pieces], micro_batch_size)
         passage, passage_tokens = self._side([(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size)
-        return RankBatch(
-            query,
-            passage,
-            Pairs(
-                **{
-                    name: torch.from_numpy(np.concatenate([file.pairs[name][rows] for file, rows in pieces]))
-                    for name in pieces[0][0].pairs
-                }
-            ),
-            query_tokens + passage_tokens,
-        )
+        pairs = _pairs(pieces, self._columns)
+        return RankBatch(rows[order[mine]], query, passage, pairs, query_tokens + passage_tokens)
+
+    def pairs(self, rows: np.ndarray) -> Pairs:
+        """Ids and the teacher's vectors of rows given by their numbers in leaf order, in the order given."""
+        order, files, file_rows = self._in_file_order(rows)
+        places = torch.from_numpy(np.argsort(order))
+        return _pairs(self._pieces(files, file_rows), [*_IDS, *_TEACHER]).map(lambda tensor: tensor[places])
+
+    def _in_file_order(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The order, and in it the file and the row there of each row, all int64 [n]."""
+        files, file_rows = self._index.locate(rows)
+        order = np.lexsort((file_rows, files))
+        return order, files[order], file_rows[order]
+
+    def _pieces(self, files: np.ndarray, file_rows: np.ndarray) -> list[tuple[_File, np.ndarray]]:
+        """Rows in file order as a list of (file, rows there)."""
+        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
+        return [(self._files[int(files[start])], file_rows[start:stop]) for start, stop in itertools.pairwise(edges)]
 
     def _side(self, pieces: Sequence[tuple[_Ragged, np.ndarray]], size: int) -> tuple[Side, int]:
         """Micro-batches of `size` rows, longest rows first, and the number of tokens."""

@@ -27,6 +27,7 @@ from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, 
 from train.engine import Engine
 from train.export import export
 from train.loop import Progress, TrainConfig, fit
+from train.mine import Miner
 from train.model import build_student, student_architecture
 
 EXPORT = "export"  # folder of the sentence-transformers model inside the artifact
@@ -63,8 +64,8 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
         )
     architecture = student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
     config.loss.check_width(architecture.hidden_size)
-    if config.loss.teacher_margin is not None:
-        check_teacher(shards)
+    for setting in _teacher_settings(config, batching):
+        check_teacher(shards, setting)
     draft = Draft(root, spec)
     receipt = draft.receipt(EXPORT)
     if receipt is None:
@@ -117,14 +118,20 @@ def _worker(settings: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
 
-    cache_dir, teacher = Path(config.cache_dir), config.loss.teacher_margin is not None
-    if context.get_local_rank() == 0:
+    cache_dir, teacher = Path(config.cache_dir), bool(_teacher_settings(config, batching))
+    writes_cache = context.get_local_rank() == 0
+    if writes_cache:
         cache_shards(shards, cache_dir, teacher)
     dist.barrier()
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, batching)
-    store = TokenStore(cache_shards(shards, cache_dir, teacher), index, tokenizer.pad_token_id)
+    store = TokenStore(
+        cache_shards(shards, cache_dir, teacher),
+        index,
+        tokenizer.pad_token_id,
+        teacher=config.loss.teacher_margin is not None,
+    )
     engine = Engine(
         build_student(config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing).to(
             device
@@ -141,6 +148,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
     if found[0] is not None:
         with ray.train.Checkpoint(found[0], draft.root.fs).as_directory() as folder:
             progress = checkpoint.load(Path(folder), engine)
+    miner = Miner(draft, cache_dir, plan, store, engine, config.micro_batch_size, writes_cache)
     log = _Log(settings["title"], config.num_steps(plan), batching.global_batch_size, progress, rank)
 
     def on_checkpoint(progress: Progress) -> None:
@@ -153,7 +161,8 @@ def _worker(settings: Mapping[str, Any]) -> None:
                 checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
-    fit(engine, plan, store, config, progress, log.on_step, on_checkpoint)
+    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint)
+    miner.forget()
     if rank == 0:
         _finish(draft, shards, engine, tokenizer, plan, progress)
 
@@ -175,6 +184,14 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
         "data_seconds": sum(record["data_seconds"] for record in progress.records),
     }
     draft.commit(EXPORT, Receipt(parts, stats=stats))
+
+
+def _teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]:
+    """Settings that need the teacher's vectors."""
+    settings = ["train.loss.teacher_margin"] if config.loss.teacher_margin is not None else []
+    if any(phase.strategy == "neighbors" for phase in batching.schedule()):
+        settings.append("batching.strategy=neighbors")
+    return settings
 
 
 def _max_tokens(shards: Artifact) -> int:

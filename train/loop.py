@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from clusterlib.config import Config, runtime
-from clusterlib.plan import Plan
+from clusterlib.plan import Mining, Plan
 from train.data import TokenStore
 from train.engine import Engine, OptimizerConfig
 from train.gradcache import accumulate_gradient
@@ -78,21 +78,29 @@ def fit(
     store: TokenStore,
     config: TrainConfig,
     progress: Progress,
+    mine: Callable[[Mining, int], np.ndarray],
     on_step: Callable[[Progress], None],
     on_checkpoint: Callable[[Progress], None],
 ) -> None:
     """Train from `progress` to the last step; every rank calls it.
 
     Args:
+        mine: gives the table of neighbours for a step; see train.mine.Miner.
         on_step: called on every rank after each step.
         on_checkpoint: called on every rank when a checkpoint is due, and after the last step.
     """
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_steps = config.num_steps(plan)
+    mining: Mining | None = None
+    neighbors: np.ndarray | None = None
     for step in range(progress.step, num_steps):
         started = time.perf_counter()
         engine.clock.start()
-        planned = plan.step(step, num_steps)
+        needed = plan.mining(step, num_steps)
+        if needed != mining:
+            mining, neighbors = needed, mine(needed, step) if needed else None
+        engine.clock.mark("mining")
+        planned = plan.step(step, num_steps, neighbors)
         batch = store.read(planned.rows, rank, num_ranks, config.micro_batch_size).to(engine.device)
         engine.clock.mark("data")
 

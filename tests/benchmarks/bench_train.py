@@ -101,7 +101,7 @@ def ours() -> None:
         store = TokenStore(Path(folder), one_file, pad_token_id=0)
         print("READY", flush=True)
         wait_for_turn()
-        fit(engine, plan, store, config, Progress(), on_step, lambda _: None)
+        fit(engine, plan, store, config, Progress(), no_mining, on_step, lambda _: None)
 
 
 def theirs() -> None:

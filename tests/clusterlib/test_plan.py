@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from clusterlib.config import validate
 from clusterlib.diagnostics import summarize
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.neighbors import NOBODY
+from clusterlib.plan import BatchingConfig, Mining, Plan
 from clusterlib.shards import ShardIndex
 from clusterlib.tables import INDEX
 from clusterlib.tree import build
@@ -44,8 +45,20 @@ def owners(index, k):
     return found
 
 
-def epoch_of(phase, epoch):
-    return [phase.batch(epoch, index) for index in range(phase.num_batches)]
+def epoch_of(phase, epoch, neighbors=None):
+    return [phase.batch(epoch, index, neighbors) for index in range(phase.num_batches)]
+
+
+def some_neighbors(owner, width):
+    """A table of neighbours drawn from each row's own cluster; some rows have none."""
+    generator = np.random.default_rng(0)
+    rows = {cluster: [row for row, other in enumerate(owner) if other == cluster] for cluster in set(owner)}
+    table = np.full((len(owner), width), NOBODY)
+    for row, cluster in enumerate(owner):
+        others = [other for other in rows[cluster] if other != row]
+        chosen = generator.permutation(others)[: generator.integers(0, width + 1)]
+        table[row, : len(chosen)] = chosen
+    return table
 
 
 SIZES = {"a": [130, 7, 64, 33, 0, 90], "b": [50, 50], "c": [10]}
@@ -58,13 +71,16 @@ all_sizes = st.dictionaries(
 @st.composite
 def settings_of_batches(draw):
     """Settings of one phase, valid but for what only the index tells."""
-    strategy = draw(st.sampled_from(["random", "source", "cluster", "topic"]))
-    parts = draw(st.integers(2, 5))
+    strategy = draw(st.sampled_from(["random", "source", "cluster", "topic", "neighbors"]))
+    parts = draw(st.integers(2, 5))  # of a topic batch; or pairs of a group of neighbours
     chosen = {
         "strategy": strategy,
         "k": draw(st.integers(1, 12)),
         "clusters_per_batch": parts,
-        "global_batch_size": draw(st.integers(1, 8)) * parts if strategy == "topic" else draw(st.integers(2, 40)),
+        "global_batch_size": draw(st.integers(1, 8)) * parts
+        if strategy in ("topic", "neighbors")
+        else draw(st.integers(2, 40)),
+        "neighbors": {"per_seed": parts - 1, "last_rank": 6},
         "leftover": draw(st.sampled_from(["drop", "merge", "source"])),
         "seed": draw(st.integers(0, 5)),
     }
@@ -83,8 +99,10 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
     chosen["source_weights"] = {s: w for s, w in chosen.get("source_weights", {}).items() if s in sizes}
     config = BatchingConfig(**chosen)
     strategy, leftover, size = config.strategy, config.leftover, config.global_batch_size
-    block = size // config.clusters_per_batch if strategy == "topic" else size
+    block = size // config.clusters_per_batch if strategy in ("topic", "neighbors") else size
+    visited_rows = block if strategy == "neighbors" else size
     owner = owners(index, k)
+    table = some_neighbors(owner, 6) if strategy == "neighbors" else None
     clusters = Counter(owner)
     sources = Counter(source for source, _ in owner)
 
@@ -93,7 +111,8 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
     for source in sources:
         whole = [count for (name, _), count in clusters.items() if name == source]
         alone = strategy in ("cluster", "topic") and leftover == "drop"
-        laps[source] = (sum(count // block for count in whole) if alone else sum(whole) // block) * block // size
+        num_blocks = sum(count // block for count in whole) if alone else sum(whole) // block
+        laps[source] = num_blocks * block // visited_rows if sum(whole) >= size else 0
     if strategy == "random":
         sources = Counter({"all": len(owner)})
         laps = {"all": len(owner) // size}
@@ -115,7 +134,7 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
     visits = {source: Counter() for source in sources}
     num_pure = 0
     for epoch in range(3):
-        batches = epoch_of(phase, epoch)
+        batches = epoch_of(phase, epoch, table)
         counts = Counter()
         for batch in batches:
             assert len(batch.rows) == len(set(batch.rows.tolist())) == size
@@ -131,7 +150,12 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
             assert batch.label == (phase.strata[batch.strata[0]].name if len(batch.strata) == 1 else f"{source}/mixed")
             num_pure += len(batch.strata) == 1
             counts[source] += 1
-            visits[source].update(batch.rows.tolist())
+            visits[source].update(batch.rows[:visited_rows].tolist())
+            if strategy == "neighbors":
+                near = set(table[batch.rows[:visited_rows]].ravel().tolist())
+                brought = [row for row in batch.rows[visited_rows:].tolist() if row in near]
+                # Rows that are nobody's neighbours come only when all neighbours are there.
+                assert len(brought) == size - visited_rows or not near - set(batch.rows.tolist()) - {NOBODY}
         assert counts == Counter(expected)
         if epoch == 0:
             (summary,) = summarize(plan, 10 * phase.num_batches)
@@ -139,9 +163,9 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
             assert (summary.num_epochs, total.num_batches, total.num_rows) == (10, len(batches), len(owner))
             if strategy != "topic" and expected == laps:
                 assert total.pure_fraction == pytest.approx(num_pure / len(batches))
-            assert total.num_dropped_rows == len(owner) - size * sum(laps.values())
+            assert total.num_dropped_rows == len(owner) - visited_rows * sum(laps.values())
             visited = sum(len(rows) for rows in visits.values())
-            repeated = len(batches) * size - visited
+            repeated = len(batches) * visited_rows - visited
             if not total.num_repeated_rows:
                 assert repeated == 0 and visited == pytest.approx(total.coverage_fraction * len(owner))
             elif not total.num_dropped_rows:
@@ -152,13 +176,13 @@ def test_purity_coverage_shares_and_determinism(sizes, chosen):
         if expected.get(source):
             made = 3 * expected[source]
             assert max(rows.values()) <= -(-made // laps[source])
-            if laps[source] * size == sources[source] and made >= laps[source]:
+            if laps[source] * visited_rows == sources[source] and made >= laps[source]:
                 assert len(rows) == sources[source] and min(rows.values()) >= made // laps[source]
 
     # Any batch alone, from a new plan over other files, is the same.
     again = Plan(make_index(sizes, num_files=3), config).phases[0]
     for some in {0, phase.num_batches // 2, phase.num_batches - 1}:
-        np.testing.assert_array_equal(phase.batch(2, some).rows, again.batch(2, some).rows)
+        np.testing.assert_array_equal(phase.batch(2, some, table).rows, again.batch(2, some, table).rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -190,6 +214,29 @@ def test_phases_share_the_steps_and_each_runs_through_its_own_epochs(shares, num
     assert abs(ran - epochs) <= sum(1.5 / phase.num_batches for phase in plan.phases)
     with pytest.raises(IndexError):
         plan.step(num_steps, num_steps)
+
+
+def test_neighbors_are_mined_at_the_start_of_their_phase_and_refreshed():
+    phases = [{"fraction": 0.3, "strategy": "source"}, {"fraction": 0.7, "strategy": "neighbors", "k": 2}]
+    neighbors = {"per_seed": 3, "refresh_every_steps": 3}
+    plan = Plan(make_index(SIZES), BatchingConfig(global_batch_size=16, phases=phases, neighbors=neighbors))
+    mined = [plan.mining(step, 10) for step in range(10)]
+    assert mined[:3] == [None] * 3
+    assert [mining.step for mining in mined[3:]] == [3, 3, 3, 6, 6, 6, 9]
+    assert [mining.by_student for mining in mined[3:]] == [False] * 3 + [True] * 4
+    assert [(s.name, s.num_rows) for s in plan.phases[1].searched] == [
+        (s.name, s.num_rows)
+        for s in Plan(make_index(SIZES), BatchingConfig(global_batch_size=16, k=2)).phases[0].strata
+    ]
+    with pytest.raises(ValueError, match="without a table of neighbours"):
+        plan.step(5, 10)
+    once = BatchingConfig(global_batch_size=16, strategy="neighbors")
+    assert {Plan(make_index(SIZES), once).mining(step, 10) for step in range(10)} == {Mining(0, 0, False)}
+
+
+def test_groups_of_neighbours_must_divide_the_batch():
+    with pytest.raises(StrataError, match="neighbors.per_seed=3 makes groups of 4 pairs, which do not divide"):
+        validate(BatchingConfig, {"global_batch_size": 18, "strategy": "neighbors"}, "recipe")
 
 
 def test_equal_phases_are_shuffled_apart():

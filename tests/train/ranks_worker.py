@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clusterlib.artifact import Root
+from clusterlib.artifact import Draft, Root, Spec
 from clusterlib.plan import BatchingConfig, Plan
 from train import checkpoint
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.engine import Engine
 from train.gradcache import accumulate_gradient
 from train.loop import Progress, TrainConfig, fit
+from train.mine import Miner
 from train.model import build_student
 
 
@@ -83,7 +84,7 @@ def main():
     if rank == 0:
         cache_shards(shards, Path(settings["cache"]), True)
     dist.barrier()
-    store = TokenStore(cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id)
+    store = TokenStore(cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id, True)
     plan = Plan(index, BatchingConfig(**settings["batching"]))
 
     def build(config):
@@ -119,6 +120,9 @@ def main():
     for name, run in settings["runs"].items():
         config = TrainConfig.model_validate(run["config"])
         engine = build(config)
+        planned = Plan(index, BatchingConfig(**run.get("batching", settings["batching"])))
+        draft = Draft(Root(settings["root"]), Spec("model", 1, {"run": run.get("like", name)}))
+        miner = Miner(draft, Path(settings["cache"]), planned, store, engine, config.micro_batch_size, rank == 0)
         progress = checkpoint.load(Path(run["load"]), engine) if run["load"] else Progress()
         started_at = progress.step
         folder = Path(settings["out"]) / name
@@ -127,7 +131,7 @@ def main():
             (folder / f"{progress.step}").mkdir(parents=True, exist_ok=True)
             checkpoint.save(folder / f"{progress.step}", engine, progress, config, rank)
 
-        fit(engine, plan, store, config, progress, lambda _: None, save)
+        fit(engine, planned, store, config, progress, miner, lambda _: None, save)
         dist.barrier()
         if rank == 0:
             records = [

@@ -95,11 +95,11 @@ def test_shards_carry_their_tokenizer(opened):
 
 def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
     artifact, table = make_shards(tmp_path / "root", teacher_width=6)
-    check_teacher(artifact)
+    check_teacher(artifact, "a.setting")
     index = shard_index(artifact)
     expected = leaf_order(table)
     for teacher in (True, False):  # both caches of the same shards, side by side
-        store = TokenStore(cache_shards(artifact, tmp_path / "cache", teacher), index, pad_token_id=0)
+        store = TokenStore(cache_shards(artifact, tmp_path / "cache", teacher), index, 0, teacher)
         pairs = store.read(np.array([7, 200, 31, 90]), 0, 1, 4).pairs
         assert (pairs.teacher_query is not None) == teacher
         if not teacher:
@@ -113,9 +113,13 @@ def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
             assert found.dtype == torch.float16
             ids = zip(pairs.query_id.tolist(), pairs.passage_id.tolist(), strict=True)
             assert dict(zip(ids, found.tolist(), strict=True)) == wanted
+        pairs = store.pairs(np.array([200, 7, 90, 31]))  # the order given, not that of the files
+        wanted = expected.take([200, 7, 90, 31])
+        assert pairs.query_id.tolist() == wanted["query_id"].to_pylist()
+        assert pairs.teacher_passage.tolist() == wanted["teacher_passage"].to_pylist()
 
 
 def test_shards_without_teacher_vectors_are_refused(opened):
     artifact, *_ = opened
-    with pytest.raises(StrataError, match="carries no teacher vectors; set shard.teacher_vectors=true"):
-        check_teacher(artifact)
+    with pytest.raises(StrataError, match="a.setting: .* carries no teacher vectors; set shard.teacher_vectors=true"):
+        check_teacher(artifact, "a.setting")

@@ -30,7 +30,7 @@ def test_records_say_phase_epoch_and_stratum(shards, tmp_path, architecture, mon
     assert abs(num_steps * (0.25 / epochs[0] + 0.75 / epochs[1]) - 4) < 0.5 / min(epochs)
 
     progress = Progress()
-    fit(engine, plan, store, config, progress, lambda _: None, lambda _: None)
+    fit(engine, plan, store, config, progress, lambda *_: None, lambda _: None, lambda _: None)
     records = pa.Table.from_pylist(progress.records, schema=STEPS).to_pylist()
     first = round(0.25 * num_steps)
     expected = [(0, step // epochs[0]) for step in range(first)]

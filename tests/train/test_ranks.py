@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -95,6 +97,17 @@ def outcome(setting):
         run_ranks(1, setting, {}, {"second": second})
         run_ranks(2, setting, {}, {"third": third})
 
+    @functools.cache
+    def mines():
+        """Two ranks that mine at steps 0, 2 and 4; one that goes on from step 3; one that does it all alone."""
+        neighbors = {"per_seed": 2, "last_rank": 6, "margin": -1.0, "refresh_every_steps": 2}
+        batching = {"strategy": "neighbors", "k": 2, "global_batch_size": BATCH, "neighbors": neighbors}
+        config = {**run, "steps": 6, "checkpoint_every_steps": 3, "student": {"architecture": quiet | DISTINCT}}
+        first = {"config": config, "batching": batching, "load": None}
+        run_ranks(2, setting, {}, {"mined": first})
+        going_on = {**first, "load": str(folder / "mined" / "3"), "like": "mined"}
+        run_ranks(1, setting, {}, {"mined-on": going_on, "mined-alone": first})
+
     def read(make, name, *num_ranks):
         make(*num_ranks)
         return torch.load(folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt", weights_only=True)
@@ -103,6 +116,7 @@ def outcome(setting):
         gradient=functools.partial(read, gradients),
         resume=functools.partial(read, resumes),
         move=functools.partial(read, moves),
+        mine=functools.partial(read, mines),
     )
 
 
@@ -150,7 +164,9 @@ def reference(setting, tmp_path_factory):
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=BATCH))
-    store = TokenStore(cache_shards(shards, tmp_path_factory.mktemp("cache"), True), index, tokenizer.pad_token_id)
+    store = TokenStore(
+        cache_shards(shards, tmp_path_factory.mktemp("cache"), True), index, tokenizer.pad_token_id, True
+    )
     batch = store.read(plan.step(0, 1).rows, 0, 1, BATCH)
 
     @functools.cache
@@ -259,3 +275,21 @@ def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
         assert found["learning_rate"] == wanted["learning_rate"]
     difference = (third["weights"] - undisturbed["weights"]).norm() / undisturbed["weights"].norm()
     assert difference < 1e-5
+
+
+def test_a_run_with_mined_neighbors_continues_and_does_not_depend_on_ranks(outcome, setting):
+    two, on, alone = (outcome.mine(name) for name in ("mined", "mined-on", "mined-alone"))
+    assert (on["started_at"], alone["started_at"]) == (3, 0)
+    for other in (on, alone):
+        losses = [[row["loss"] for row in run["records"]] for run in (other, two)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    tables = sorted((setting[1] / "root" / "model").glob("*/neighbors/*.parquet"))
+    by_step = {}
+    for table in tables:
+        by_step.setdefault((table.parents[1].name, table.name[:9]), []).append(pq.read_table(table))
+    assert sorted(len(parts) for parts in by_step.values()) == [1, 1, 1, 2, 2, 2]
+    for step in ("000000000", "000000002", "000000004"):
+        first, second = (pa.concat_tables(parts) for (_, of), parts in by_step.items() if of == step)
+        assert first["neighbors"].to_pylist() == second["neighbors"].to_pylist()
+        assert first.num_rows == 240
+    assert len({str(pa.concat_tables(parts)["neighbors"].to_pylist()) for parts in by_step.values()}) == 3

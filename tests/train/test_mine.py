@@ -1,0 +1,65 @@
+"""Mining against a search spelled out row by row, and the share of ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from clusterlib.neighbors import NOBODY, NeighborsConfig
+from clusterlib.strata import Stratum
+from train.mine import nearest, share
+
+
+def spelled_out(query, passage, query_id, passage_id, config):
+    similarity = query @ passage.T
+    found = []
+    for row in range(len(query)):
+        eligible, seen = [], set()
+        for other in range(len(query)):
+            if passage_id[other] in seen:
+                continue
+            seen.add(passage_id[other])
+            known = {passage_id[j] for j in range(len(query)) if query_id[j] == query_id[row]}
+            if passage_id[other] in known:
+                continue
+            if similarity[row, other] > similarity[row, row] - config.margin:
+                continue
+            if passage[row] @ passage[other] >= config.duplicate_similarity:
+                continue
+            eligible.append(other)
+        ranked = sorted(eligible, key=lambda other: -similarity[row, other])[config.first_rank : config.last_rank]
+        found.append(ranked + [NOBODY] * (config.num_ranks - len(ranked)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_seed": 1, "last_rank": 5},
+        {"per_seed": 1, "first_rank": 3, "last_rank": 60},  # more than there are
+        {"per_seed": 1, "last_rank": 5, "margin": -0.2, "duplicate_similarity": 0.3},
+        {"per_seed": 1, "last_rank": 5, "margin": 2},  # none are left
+    ],
+)
+def test_nearest_equals_a_search_spelled_out(options, monkeypatch):
+    monkeypatch.setattr("train.mine._BLOCK_SCORES", 170)  # several blocks
+    generator = np.random.default_rng(0)
+    num_rows = 50
+    query_id, passage_id = generator.integers(0, 40, num_rows), generator.integers(0, 30, num_rows)
+    sides = [generator.standard_normal((40, 6))[query_id], generator.standard_normal((30, 6))[passage_id]]
+    query, passage = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
+    config = NeighborsConfig(**options)
+    tensors = [torch.from_numpy(array) for array in (query, passage, query_id, passage_id)]
+    found = nearest(*tensors, config).tolist()
+    assert found == spelled_out(query, passage, query_id.tolist(), passage_id.tolist(), config)
+    assert all(set(row) == {NOBODY} for row in found) == (options.get("margin") == 2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_ranks_share_clusters_evenly_and_in_order(num_ranks):
+    sizes = [100, 0, 300, 50, 200, 10, 290]
+    clusters = [Stratum(str(place), sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+    shares = share(clusters, num_ranks)
+    assert len(shares) == num_ranks
+    assert [cluster for mine in shares for cluster in mine] == clusters
+    costs = [sum(cluster.num_rows**2 for cluster in mine) for mine in shares]
+    assert max(costs) <= sum(costs) / num_ranks + 300**2
