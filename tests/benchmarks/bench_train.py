@@ -1,14 +1,17 @@
 """Pairs per second of the step loop against sentence-transformers' CachedMultipleNegativesRankingLoss.
 
-Same student, pairs, batches, micro-batch, precision, optimizer and machine; one process each, one thread each,
-both kept alive and asked for one step in turn, so that a busy machine hinders both alike.
+Same student, pairs, batches, micro-batch, precision, optimizer and machine, one thread a process. Both sides are
+kept alive and asked for one step in turn, so that a busy machine hinders both alike; the ratio is of medians.
 
 Ours: the whole loop under DeepSpeed, with masks, measures and records, reading each batch from the cache.
 Theirs: the loss module and torch's AdamW alone, fed with tokens that are ready and padded to the batch's
-longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data loader.
+longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data loader. Over
+several processes it gathers passages across them, and gradients are averaged once a step, as one flat tensor.
 """
 
+import argparse
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,23 +23,34 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from real import TEACHER, texts
 
-BATCH, MICRO_BATCH = 128, 32
-# TOKENS=32/128 cuts most passages of this source, so that nearly all are as long and there is little to sort.
-QUERY_TOKENS, PASSAGE_TOKENS = map(int, os.environ.get("TOKENS", "64/256").split("/"))
-WARM_UP, ROUNDS = 1, int(os.environ.get("ROUNDS", "5"))
+WARM_UP = 1
 TEMPERATURE = 0.05
 SOURCE = "scitldr"
 
 
-def tokenized() -> dict[str, list[list[int]]]:
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=128, help="pairs, over all processes")
+    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--query-tokens", type=int, default=64)
+    # 32/128 cuts most passages of this source, so that nearly all are as long and there is little to sort.
+    parser.add_argument("--passage-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", choices=("ours", "theirs"), help="be one process of a side; for this script itself")
+    return parser.parse_args()
+
+
+def tokenized(options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """Token ids of the first pairs, as many as all steps need."""
     from train.model import TokenizerRef
 
     tokenizer = TokenizerRef(name=TEACHER.name).load()
-    count = BATCH * (WARM_UP + ROUNDS)
-    limits = {"query": QUERY_TOKENS, "passage": PASSAGE_TOKENS}
+    count = options.batch * (WARM_UP + options.rounds)
+    limits = {"query": options.query_tokens, "passage": options.passage_tokens}
     return {
         side: tokenizer(texts(SOURCE, side, count), truncation=True, max_length=limit)["input_ids"]
         for side, limit in limits.items()
@@ -50,38 +64,39 @@ def backbone():
     return BertModel(BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024))
 
 
+def ready() -> None:
+    print("READY", flush=True)
+    wait_for_turn()
+
+
 def wait_for_turn() -> None:
     if not sys.stdin.readline():
         sys.exit(0)
 
 
-def ours() -> None:
+def ours(options: argparse.Namespace) -> None:
     """Take a step for each line on stdin; print its seconds and those spent on data."""
-    import torch.distributed as dist
-
     from train.data import TokenStore
     from train.engine import Engine, OptimizerConfig
     from train.loop import Progress, TrainConfig, fit
     from train.loss import LossConfig
     from train.model import Encoder
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29755", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    dist.init_process_group("gloo")
-    tokens = tokenized()
+    tokens = tokenized(options)
     count = len(tokens["query"])
     config = TrainConfig(
         student={"architecture": {}},
         loss=LossConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=1e-4),
-        steps=WARM_UP + ROUNDS,
-        micro_batch_size=MICRO_BATCH,
+        steps=WARM_UP + options.rounds,
+        micro_batch_size=options.micro_batch,
     )
-    engine = Engine(Encoder(backbone(), "mean"), config.optimizer, "fp32", 0, BATCH)
+    engine = Engine(Encoder(backbone(), "mean"), config.optimizer, "fp32", 0, options.batch // options.processes)
     one_file = SimpleNamespace(locate=lambda rows: (np.zeros(len(rows), np.int64), rows))
-    rows = np.random.default_rng(0).permutation(count)
+    batches = np.random.default_rng(0).permutation(count).reshape(-1, options.batch)
     plan = SimpleNamespace(
-        num_batches=count // BATCH,
-        step=lambda step: SimpleNamespace(rows=rows[step * BATCH : (step + 1) * BATCH], label="all"),
+        step=lambda step, *_: SimpleNamespace(rows=batches[step], label="all", phase=0, epoch=0),
+        mining=lambda *_: None,
     )
 
     def on_step(progress: Progress) -> None:
@@ -99,12 +114,11 @@ def ours() -> None:
         with pa.ipc.new_file(Path(folder) / "000000.arrow", table.schema) as writer:
             writer.write_table(table)
         store = TokenStore(Path(folder), one_file, pad_token_id=0)
-        print("READY", flush=True)
-        wait_for_turn()
-        fit(engine, plan, store, config, Progress(), no_mining, on_step, lambda _: None)
+        ready()
+        fit(engine, plan, store, config, Progress(), lambda *_: None, on_step, lambda _: None)
 
 
-def theirs() -> None:
+def theirs(options: argparse.Namespace) -> None:
     """The same with sentence-transformers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -112,86 +126,124 @@ def theirs() -> None:
 
     from train.model import TokenizerRef
 
-    tokens = tokenized()
-    count = len(tokens["query"])
+    tokens = tokenized(options)
     with tempfile.TemporaryDirectory() as folder:
         backbone().save_pretrained(folder)
         TokenizerRef(name=TEACHER.name).load().save_pretrained(folder)
         transformer = Transformer(folder)
     student = SentenceTransformer(modules=[transformer, Pooling(256, pooling_mode="mean"), Normalize()], device="cpu")
     student.train()
-    loss = CachedMultipleNegativesRankingLoss(student, scale=1 / TEMPERATURE, mini_batch_size=MICRO_BATCH)
+    loss = CachedMultipleNegativesRankingLoss(
+        student,
+        scale=1 / TEMPERATURE,
+        mini_batch_size=options.micro_batch,
+        gather_across_devices=options.processes > 1,
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    rows = np.random.default_rng(0).permutation(count)
-    print("READY", flush=True)
-    for step in range(WARM_UP + ROUNDS):
-        wait_for_turn()
+    share = options.batch // options.processes
+    batches = np.random.default_rng(0).permutation(len(tokens["query"])).reshape(-1, options.processes, share)
+    ready()
+    for batch in batches[:, dist.get_rank()]:
         features = []
         for side in ("query", "passage"):
-            taken = [torch.tensor(tokens[side][row]) for row in rows[step * BATCH : (step + 1) * BATCH]]
+            taken = [torch.tensor(tokens[side][row]) for row in batch]
             ids = torch.nn.utils.rnn.pad_sequence(taken, batch_first=True)
             features.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
         started = time.perf_counter()
         loss(features, None).backward()
+        gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
+        if options.processes > 1:
+            flat = torch.cat([gradient.ravel() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= options.processes
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         print("STEP", time.perf_counter() - started, 0.0, flush=True)
+        wait_for_turn()
 
 
 class Side:
-    """A side's process."""
+    """A side's processes."""
 
-    def __init__(self, name: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
-        )
-        self._line("READY")
+    def __init__(self, name: str, num_processes: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        settings = {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(num_processes),
+        }
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv, "--side", name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(num_processes)
+        ]
+        for process in self._processes:
+            self._line(process, "READY")
 
     def step(self) -> tuple[float, float]:
-        """Seconds of a step, and of its reading."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        _, seconds, of_data = self._line("STEP").split()
-        return float(seconds), float(of_data)
+        """Seconds of a step, and of its reading, of the slowest process."""
+        for process in self._processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        seconds = [self._line(process, "STEP").split()[1:] for process in self._processes]
+        return max(float(step) for step, _ in seconds), max(float(of_data) for _, of_data in seconds)
 
     def end(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(60)
+        for process in self._processes:
+            process.stdin.close()
+        for process in self._processes:
+            process.wait(60)
 
-    def _line(self, word: str) -> str:
-        for line in self._process.stdout:
+    @staticmethod
+    def _line(process: subprocess.Popen, word: str) -> str:
+        for line in process.stdout:
             if line.startswith(word):
                 return line
         raise RuntimeError("the process ended early")
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        {"ours": ours, "theirs": theirs}[sys.argv[1]]()
+    options = arguments()
+    if options.side:
+        dist.init_process_group("gloo")
+        {"ours": ours, "theirs": theirs}[options.side](options)
         return
-    sides = {name: Side(name) for name in ("ours", "theirs")}
+    sides = {name: Side(name, options.processes) for name in ("ours", "theirs")}
     for _ in range(WARM_UP):
         for side in sides.values():
             side.step()
     seconds = {name: [] for name in sides}
     waiting = []
-    print(f"student 4x256, batch {BATCH}, micro-batch {MICRO_BATCH}, {SOURCE}, at most {QUERY_TOKENS}/{PASSAGE_TOKENS}")
+    print(
+        f"student 4x256, {options.processes} processes, batch {options.batch}, micro-batch {options.micro_batch}, "
+        f"{SOURCE}, at most {options.query_tokens}/{options.passage_tokens} tokens"
+    )
     print(f"{'round':>6} {'ours, pairs/s':>14} {'theirs, pairs/s':>16}")
-    for number in range(ROUNDS):
+    for number in range(options.rounds):
         for name, side in list(sides.items())[:: 1 if number % 2 else -1]:
             taken, of_data = side.step()
             seconds[name].append(taken)
             if name == "ours":
                 waiting.append(of_data / taken)
-        print(f"{number:>6} {BATCH / seconds['ours'][-1]:>14.1f} {BATCH / seconds['theirs'][-1]:>16.1f}", flush=True)
+        rates = [options.batch / seconds[name][-1] for name in ("ours", "theirs")]
+        print(f"{number:>6} {rates[0]:>14.1f} {rates[1]:>16.1f}", flush=True)
     for side in sides.values():
         side.end()
-    rates = {name: BATCH / statistics.median(values) for name, values in seconds.items()}
+    rates = {name: options.batch / statistics.median(values) for name, values in seconds.items()}
     print(
         f"RESULT bench_train ratio={rates['ours'] / rates['theirs']:.2f} ours={rates['ours']:.1f} "
         f"theirs={rates['theirs']:.1f} waiting_fraction={statistics.median(waiting):.4f}"
