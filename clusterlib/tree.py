@@ -242,7 +242,10 @@ def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, floa
         yield from zip(names[left].tolist(), names[right].tolist(), costs[left].tolist(), strict=True)
         joined = np.zeros(len(rows), bool)
         joined[left] = joined[right] = True
-        nearest = np.where(joined | joined[nearest], rows, nearest)
+        union = rows.copy()
+        union[right] = left
+        # What lies at the same point as one half lies at the other's too, and so at the union's.
+        nearest = np.where(joined | (joined[nearest] & (costs > 0)), rows, union[nearest])
         names[left] = np.arange(num_nodes, num_nodes + len(left))
         num_nodes += len(left)
         total = weights[left] + weights[right]
