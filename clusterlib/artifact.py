@@ -9,6 +9,7 @@ twice, on this driver or another, cannot change a part that a receipt names.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import errno
 import functools
@@ -440,16 +441,20 @@ class Draft:
         """Delete what the finished artifact does not name: receipts, and what killed or late tasks left."""
         fs = self.root.fs
         keep = {MANIFEST, *(part["path"] for part in made.manifest["parts"])}
-        entries = fs.get_file_info(pafs.FileSelector(self.path, recursive=True))
         folders = {str(parent) for path in keep for parent in Path(path).parents}
-        for entry in entries:
-            relative = entry.path[len(self.path) + 1 :]
-            if entry.type == pafs.FileType.File and relative not in keep:
-                fs.delete_file(entry.path)
-        # Deepest first, so that every folder is empty when its turn comes.
-        for entry in sorted(entries, key=lambda entry: -len(entry.path)):
-            if entry.type == pafs.FileType.Directory and entry.path[len(self.path) + 1 :] not in folders:
-                fs.delete_dir(entry.path)
+
+        def visit(folder: str) -> None:
+            for entry in fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
+                relative = entry.path[len(self.path) + 1 :]
+                with contextlib.suppress(FileNotFoundError):  # another driver may be sweeping too
+                    if entry.type == pafs.FileType.Directory:
+                        visit(entry.path)
+                        if relative not in folders:
+                            fs.delete_dir(entry.path)
+                    elif relative not in keep:
+                        fs.delete_file(entry.path)
+
+        visit(self.path)
 
     def _replace(self, path: str, fill: Callable[[_DigestingSink], object]) -> tuple[str, _DigestingSink]:
         """Write a file under a temporary name and rename it, so that `path` is whole or absent.

@@ -19,6 +19,7 @@ from clusterlib.tables import TREE
 
 _REFINED_FRACTION = 4  # of the nodes of a level are the clusters refined next
 _MOST_SWEEPS = 20
+_BLOCK = 64  # rows whose products with all others are taken at once: enough for the processor, not the memory, to limit
 
 
 @dataclass(frozen=True)
@@ -168,22 +169,25 @@ def _refine(sums: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     squares = (sums**2).sum(axis=1)
     for _ in range(_MOST_SWEEPS):
         num_moved = 0
-        for node, (vector, square) in enumerate(zip(sums, squares, strict=True)):
-            home = clusters[node]
-            if counts[home] == 1:
-                continue
-            products = totals @ vector
-            gains = np.sqrt(lengths**2 + 2 * products + square) - lengths
-            gains[home] = lengths[home] - np.sqrt(max(lengths[home] ** 2 - 2 * products[home] + square, 0))
-            target = int(gains.argmax())
-            if gains[target] <= gains[home] * (1 + 1e-9):
-                continue
-            for cluster, sign in ((home, -1), (target, 1)):
-                totals[cluster] += sign * vector
-                counts[cluster] += sign
-                lengths[cluster] = np.linalg.norm(totals[cluster])
-            clusters[node] = target
-            num_moved += 1
+        for start in range(0, len(sums), _BLOCK):
+            block = np.arange(start, min(start + _BLOCK, len(sums)))
+            homes, rows = clusters[block], block - start
+            products = sums[block] @ totals.T
+            gains = np.sqrt(lengths**2 + 2 * products + squares[block, None]) - lengths
+            remaining = np.maximum(lengths[homes] ** 2 - 2 * products[rows, homes] + squares[block], 0)
+            gains[rows, homes] = lengths[homes] - np.sqrt(remaining)
+            targets = gains.argmax(axis=1)
+            for row in np.flatnonzero(targets != homes).tolist():
+                node, pair = start + row, [homes[row], targets[row]]
+                # Earlier moves of the block have changed the totals: measure this one by those of now.
+                moved = totals[pair] + np.outer([-1, 1], sums[node])
+                lengths_after = np.linalg.norm(moved, axis=1)
+                if counts[pair[0]] == 1 or lengths_after.sum() <= lengths[pair].sum() * (1 + 1e-12):
+                    continue
+                totals[pair], lengths[pair] = moved, lengths_after
+                counts[pair] += [-1, 1]
+                clusters[node] = pair[1]
+                num_moved += 1
         if not num_moved:
             break
     return clusters
@@ -206,49 +210,66 @@ class _Merge:
 
 
 def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, float]]:
-    """The merges of Ward's criterion weighted by size, (node, node, cost), as the nearest-neighbour chain finds them.
+    """The merges of Ward's criterion weighted by size, (node, node, cost), children before parents.
 
     Joining clusters of n and m points with means a and b costs n m / (n + m) |a - b|^2, the growth of the
-    within-cluster sum of squares (Ward 1963, doi:10.1080/01621459.1963.10500845; chain: Murtagh 1983,
-    doi:10.1093/comjnl/26.4.354). Memory is O(L D); no matrix of L^2 distances is kept.
+    within-cluster sum of squares (Ward 1963, doi:10.1080/01621459.1963.10500845). Two clusters that are each other's
+    nearest are joined in the greedy tree too, whatever is joined before them, so they need not wait for the cheapest
+    merge, and only clusters whose nearest was joined seek anew (Murtagh 1983, doi:10.1093/comjnl/26.4.354). Memory is
+    O(L D); no matrix of L^2 distances is kept.
     """
-    num_leaves = len(means)
-    centers = np.zeros((2 * num_leaves - 1, means.shape[1]))
-    centers[:num_leaves] = means
-    weights = np.zeros(2 * num_leaves - 1)
-    weights[:num_leaves] = sizes
+    num_nodes = len(means)
+    # One row for each cluster there is; `nearest` is the row of its nearest, or its own while that is not known.
+    names, nearest, costs = np.arange(num_nodes), np.arange(num_nodes), np.zeros(num_nodes)
+    centers, weights = np.array(means, float), np.array(sizes, float)
     squares = (centers**2).sum(axis=1)
-    active = np.zeros(2 * num_leaves - 1, bool)
-    active[:num_leaves] = True
-    chain: list[int] = []
-    for merged in range(num_leaves, 2 * num_leaves - 1):
-        if not chain:
-            chain.append(int(np.flatnonzero(active)[0]))
-        while True:
-            tip = chain[-1]
-            others = np.flatnonzero(active)
-            others = others[others != tip]
-            gaps = np.maximum(squares[others] - 2 * centers[others] @ centers[tip] + squares[tip], 0)
-            cost = weights[tip] * weights[others] / (weights[tip] + weights[others]) * gaps
-            best = int(cost.argmin())
-            # Prefer going back on ties, or the chain could circle between equal clusters for ever.
-            if len(chain) > 1 and cost[np.searchsorted(others, chain[-2])] <= cost[best]:
-                best = int(np.searchsorted(others, chain[-2]))
-                break
-            chain.append(int(others[best]))
-        left, right = chain.pop(), chain.pop()
-        yield left, right, float(cost[best])
-        active[[left, right]] = False
-        active[merged] = True
-        weights[merged] = weights[left] + weights[right]
-        centers[merged] = (weights[left] * centers[left] + weights[right] * centers[right]) / weights[merged]
-        squares[merged] = centers[merged] @ centers[merged]
+    while len(names) > 1:
+        rows = np.arange(len(names))
+        unknown = nearest == rows
+        # First those that others are nearest to, as a chain goes on, then small ones: they are near to everything, and
+        # while they are there, what larger ones seek would soon be gone.
+        awaited = np.bincount(nearest[~unknown], minlength=len(rows)) > 0
+        block = np.lexsort((weights, ~awaited, ~unknown))[: min(_BLOCK, unknown.sum())]
+        gaps = np.maximum(squares - 2 * (centers[block] @ centers.T) + squares[block, None], 0)
+        growth = weights / (weights + weights[block, None]) * weights[block, None] * gaps
+        growth[np.arange(len(block)), block] = np.inf
+        nearest[block], costs[block] = growth.argmin(axis=1), growth.min(axis=1)
+
+        left = np.flatnonzero((nearest[nearest] == rows) & (rows < nearest))
+        if not len(left) and (nearest != rows).all():  # a circle of costs that are equal but for rounding
+            left = np.array([costs.argmin()])
+        right = nearest[left]
+        yield from zip(names[left].tolist(), names[right].tolist(), costs[left].tolist(), strict=True)
+        joined = np.zeros(len(rows), bool)
+        joined[left] = joined[right] = True
+        union = rows.copy()
+        union[right] = left
+        # What lies at the same point as one half lies at the other's too, and so at the union's.
+        nearest = np.where(joined | (joined[nearest] & (costs > 0)), rows, union[nearest])
+        names[left] = np.arange(num_nodes, num_nodes + len(left))
+        num_nodes += len(left)
+        total = weights[left] + weights[right]
+        share = (weights[right] / total)[:, None]
+        centers[left] += share * (centers[right] - centers[left])
+        squares[left] = (centers[left] ** 2).sum(axis=1)
+        weights[left] = total
+
+        # The last rows take the places of those that are gone.
+        num_left = len(rows) - len(left)
+        freed, moved = right[right < num_left], np.setdiff1d(rows[num_left:], right)
+        place = rows.copy()
+        place[moved] = freed
+        nearest = place[nearest]
+        for array in (names, nearest, costs, centers, weights, squares):
+            array[freed] = array[moved]
+        names, nearest, costs = names[:num_left], nearest[:num_left], costs[:num_left]
+        centers, weights, squares = centers[:num_left], weights[:num_left], squares[:num_left]
 
 
 def _number(num_leaves: int, merges: Sequence[_Merge]) -> tuple[Tree, np.ndarray]:
     """Renumber merges cheapest first within each level, and leaves along the tree.
 
-    The chain finds merges out of order. A merge never costs less than the merges of its level below it (Ward's
+    Ward's merges are found out of order. A merge never costs less than the merges of its level below it (Ward's
     criterion is reducible), so a stable sort by cost keeps children before parents.
     """
     costs: list[float] = []

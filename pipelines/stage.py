@@ -122,8 +122,13 @@ def make(
     progress.close()
     receipts = [receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None]
     if len(receipts) == len(tasks):
-        return publish(receipts)
-    # Another driver that works on the same artifact was first to publish it, and swept the receipts.
+        try:
+            return publish(receipts)
+        except FileNotFoundError:
+            if draft.root.find(draft.spec) is None:
+                raise
+    # Another driver that works on the same artifact was first to publish it, and swept the receipts or what `publish`
+    # was writing.
     made = draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
     draft.sweep(made)
     return made

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,6 +75,17 @@ def test_orphans_and_receipts_are_swept_and_never_read(tmp_path):
     artifact = publish(tmp_path)
     assert artifact.read().num_rows == 17
     assert files(artifact.path) == sorted(["manifest.json", *(part.path for part in artifact.parts())])
+
+
+def test_two_drivers_sweep_at_once(tmp_path):
+    artifact = publish(tmp_path)
+    made = draft(tmp_path)
+    for _ in range(20):
+        for number in range(20):
+            made.commit(f"{number}", Receipt([]))
+        with ThreadPoolExecutor(2) as drivers:
+            list(drivers.map(made.sweep, [artifact] * 2))
+        assert files(artifact.path) == sorted(["manifest.json", *(part.path for part in artifact.parts())])
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -38,10 +38,10 @@ def greedy_ward(means, sizes):
 
 
 def test_equal_sizes_give_scipys_ward_tree():
-    means = np.random.default_rng(0).standard_normal((60, 8))
-    tree, order = ward(means, np.ones(60))
+    means = np.random.default_rng(0).standard_normal((200, 8))  # several blocks of them
+    tree, order = ward(means, np.ones(200))
     reference = scipy_ward(means)
-    for k in range(1, 61):
+    for k in range(1, 201):
         assert cut_partition(tree, order, k) == partition(cut_tree(reference, n_clusters=k).ravel())
 
 
@@ -51,6 +51,13 @@ def test_sizes_weigh_as_in_the_greedy_definition():
     tree, order = ward(means, sizes)
     for k, expected in greedy_ward(means, sizes):
         assert cut_partition(tree, order, k) == expected
+
+
+def test_equal_leaves_come_together_first():
+    """Empty leaves are all equal, whatever their number."""
+    means = np.concatenate([np.zeros((150, 4)), np.random.default_rng(0).standard_normal((50, 4))])
+    tree, order = ward(means, np.ones(200))
+    assert frozenset(range(150)) in cut_partition(tree, order, 51)
 
 
 def test_refined_cuts_are_tighter_than_wards_and_near_the_flat_ones():

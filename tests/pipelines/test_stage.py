@@ -67,3 +67,19 @@ def test_a_driver_that_was_overtaken_returns_what_the_other_made(draft):
     files = [path for path in Path(made.path).rglob("*") if path.is_file()]
     assert len(files) == 2  # the other's part and manifest: late receipts are swept
     assert made.stats["by"] == "other" and made.read()["x"].to_pylist() == list(range(6))
+
+
+def test_a_driver_that_is_overtaken_while_it_publishes_returns_what_the_other_made(draft):
+    def publish(receipts):
+        other = Draft(draft.root, draft.spec)
+
+        def groups():
+            yield rows(6)
+            other.publish([Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"})
+
+        extra = draft.write("extra", "0", SCHEMA, groups())
+        return draft.publish([*receipts, Receipt([extra])], {"by": "us"})
+
+    made = make(draft, "test", [Task("6", 6)], functools.partial(Plain, draft), Workers(max_workers=1), publish)
+    assert made.stats["by"] == "other"
+    made.verify()
