@@ -79,6 +79,8 @@ STEPS = pa.schema(
     ]
 )
 
+MEAN = "mean"  # stands for a task, in SCORES and TESTS, where a value is the mean over the tasks
+
 SCORES = pa.schema(
     [
         ("run", pa.string()),
@@ -86,6 +88,17 @@ SCORES = pa.schema(
         ("task", pa.string()),
         ("split", pa.string()),
         ("metric", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+
+# What the student scored while it was trained: a row for every test in the loop, task, split and metric.
+TESTS = pa.schema(
+    [
+        ("step", pa.int64()),  # optimizer steps taken before the test
+        ("task", pa.string()),
+        ("split", pa.string()),  # of the task; empty for MEAN
+        ("metric", pa.string()),  # by mteb's name, such as ndcg_at_10
         ("value", pa.float64()),
     ]
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,12 @@ from pydantic import Field
 from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.errors import StrataError
-from clusterlib.tables import SCORES
+from clusterlib.tables import MEAN, SCORES
 from pipelines.sources import RetrievalTest, RetrievalTestConfig, origin, read_test
 from train.launch import EXPORT
 from train.model import ModelRef
 
 METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": "MRR@10"}
-MEAN = "mean"  # the row of a score table that averages the tasks
 
 
 class EvaluateConfig(Config):
@@ -45,15 +46,40 @@ def scores_spec(config: EvaluateConfig, folder: str, run: str, model: str | Mode
     Args:
         model: fingerprint of a trained model, or where another one comes from.
     """
+    tests = StudentTests(config, folder)
     settings = {
         "run": run,
-        "tests": config.tests,
-        "tasks": config.tasks,
+        **tests.content(),
         # mteb's own baselines have no folder to take a digest of; their name says all.
         "model": model.name if isinstance(model, ModelRef) and _is_baseline(model) else model,
     }
-    origins = {"tests": [origin(test, folder) for test in config.tests]}
-    return Spec("scores", 1, settings, {"model": model} if isinstance(model, str) else {}, origins)
+    return Spec("scores", 1, settings, {"model": model} if isinstance(model, str) else {}, tests.origin())
+
+
+@dataclass(frozen=True)
+class StudentTests:
+    """The tests of `evaluate`, to score students with while they learn: a train.launch.Tests.
+
+    Attributes:
+        folder: where relative paths of tests start; absolute where it travels to another working folder.
+    """
+
+    config: EvaluateConfig
+    folder: str
+
+    def content(self) -> dict[str, Any]:
+        return {"tests": self.config.tests, "tasks": self.config.tasks}
+
+    def origin(self) -> dict[str, Any]:
+        return {"tests": [origin(test, self.folder) for test in self.config.tests]}
+
+    @functools.cached_property
+    def _tests(self) -> list[RetrievalTest]:
+        return [read_test(test, self.folder) for test in self.config.tests]
+
+    def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
+        rows, _ = _measure(_load_folder(model, device), self._tests, self.config.tasks)
+        return rows
 
 
 def _is_baseline(model: ModelRef) -> bool:
@@ -103,38 +129,55 @@ def _score(
     draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
 ) -> Artifact:
     """Evaluate one model; runs as a Ray task."""
-    import mteb
-
     with tempfile.TemporaryDirectory() as scratch:
-        encoder = _load(model, Path(scratch))
-        wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
-        # BM25's library draws progress bars that no setting turns off.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
-            result = mteb.evaluate(
-                encoder,
-                wanted,
-                cache=None,
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"batch_size": 64, "show_progress_bar": False},
-            )
-    rows, parts = [], []
-    step = int(model.stats["num_steps"]) if isinstance(model, Artifact) else 0
-    for task in result.task_results:
-        data = task.to_dict()
-        parts.append(
-            draft.write_bytes("mteb", f"mteb/{task.task_name}.json", json.dumps(data, indent=1, default=str).encode())
-        )
-        for split, subsets in data["scores"].items():
-            for metric in METRICS:
-                value = sum(subset[metric] for subset in subsets) / len(subsets)
-                rows.append((run, step, task.task_name, split, metric, value))
-    for metric in METRICS:
-        values = [row[-1] for row in rows if row[4] == metric]
-        rows.append((run, step, MEAN, "", metric, sum(values) / len(values)))
-    table = pa.Table.from_pylist([dict(zip(SCORES.names, row, strict=True)) for row in rows], schema=SCORES)
+        rows, results = _measure(_load(model, Path(scratch)), tests, tasks)
+    parts = [
+        draft.write_bytes("mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode())
+        for task, data in results.items()
+    ]
+    step = int(model.stats["kept_step"]) if isinstance(model, Artifact) else 0
+    table = pa.Table.from_pylist([{"run": run, "step": step, **row} for row in rows], schema=SCORES)
     parts.append(draft.write("scores", "scores", SCORES, [table]))
     return draft.publish([Receipt(parts, table.num_rows)])
+
+
+def _measure(
+    encoder: Any, tests: Sequence[RetrievalTest], tasks: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What mteb finds.
+
+    Returns:
+        Rows of task, split, metric and value, and mteb's own result of each task.
+    """
+    import mteb
+
+    wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
+    # BM25's library draws progress bars that no setting turns off.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+        result = mteb.evaluate(
+            encoder,
+            wanted,
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": 64, "show_progress_bar": False},
+        )
+    results = {task.task_name: task.to_dict() for task in result.task_results}
+    rows = [
+        {
+            "task": task,
+            "split": split,
+            "metric": metric,
+            "value": sum(subset[metric] for subset in subsets) / len(subsets),
+        }
+        for task, data in results.items()
+        for split, subsets in data["scores"].items()
+        for metric in METRICS
+    ]
+    for metric in METRICS:
+        values = [row["value"] for row in rows if row["metric"] == metric]
+        rows.append({"task": MEAN, "split": "", "metric": metric, "value": sum(values) / len(values)})
+    return rows, results
 
 
 def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
@@ -143,11 +186,18 @@ def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
         import mteb
 
         return mteb.get_model(model.name)
+    return _load_folder(model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder())
+
+
+def _load_folder(folder: Path, device: str | None = None) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    folder = model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder()
     return SentenceTransformer(
-        str(folder), trust_remote_code=False, local_files_only=True, model_kwargs={"use_safetensors": True}
+        str(folder),
+        device=device,
+        trust_remote_code=False,
+        local_files_only=True,
+        model_kwargs={"use_safetensors": True},
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from clusterlib import kmeans
 from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
 from clusterlib.diagnostics import top_terms
 from clusterlib.plan import BatchingConfig
+from clusterlib.tables import MEAN
 from clusterlib.tree import Node
 from pipelines.cluster import of_source
-from pipelines.evaluate import MEAN, METRICS
+from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
 from train.data import shard_index
+from train.loop import Progress
 
 REPORT = "report.html"
 _SAMPLE_ROWS = 2000  # rows of each source that terms and examples are taken from
@@ -169,6 +172,7 @@ def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
                 "num_strata": ", ".join(f"{phase['total']['num_strata']:,}" for phase in stats["phases"]),
                 **{name: batching[name] for name in ("leftover", "global_batch_size")},
                 "num_steps": stats["num_steps"],
+                "kept_step": stats["kept_step"],
                 "num_parameters": stats["num_parameters"],
                 "pairs_per_second": pairs / stats["train_seconds"],
                 "waiting_fraction": stats["data_seconds"] / stats["train_seconds"],
@@ -192,37 +196,62 @@ def _artifact_rows(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 
 def _curves(arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, str]]:
-    """(title, SVG) of what the steps recorded, one line for each arm, smoothed over 5% of the run."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    steps = {arm: kinds["model"].read("steps") for arm, kinds in arms.items()}
+    """(title, SVG) of what tests in the loop found, where there were any, and of what the steps recorded."""
+    models = {arm: kinds["model"] for arm, kinds in arms.items()}
+    colors = dict(zip(models, _cycle(len(models)), strict=True))
+    tested = {arm: model for arm, model in models.items() if model.parts("tests")}
     drawn = []
+    if tested:
+        title = "Mean NDCG@10 of the tests in the loop; a ring marks the weights that were kept"
+        drawn.append((title, _svg(functools.partial(_draw_tests, tested, colors))))
+    steps = {arm: model.read("steps") for arm, model in models.items()}
     for column, title in (
         ("loss", "Loss"),
         ("accuracy", "In-batch accuracy"),
         ("hardness", "Hardness: similarity of the 10 nearest negatives"),
         ("positive_similarity", "Similarity of positives"),
     ):
-        with plt.rc_context({"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "strata"}):
-            figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
-            for (arm, table), color in zip(steps.items(), _cycle(len(steps)), strict=True):
-                values = table[column].to_numpy()
-                window = max(1, len(values) // 20)
-                smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-                axes.plot(table["step"].to_numpy(), values, color=color, alpha=0.18, linewidth=0.7)
-                axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=color, linewidth=1.8, label=arm)
-            axes.set_xlabel("step")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
-            axes.legend(frameon=False)
-            image = io.StringIO()
-            figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-            plt.close(figure)
-        drawn.append((title, image.getvalue()[image.getvalue().index("<svg") :]))
+        drawn.append((title, _svg(functools.partial(_draw_steps, steps, column, colors))))
     return drawn
+
+
+def _draw_tests(models: Mapping[str, Artifact], colors: Mapping[str, str], axes: Any) -> None:
+    for arm, model in models.items():
+        means = Progress(tests=model.read("tests").to_pylist()).means()
+        steps, values = list(means), list(means.values())
+        axes.plot(steps, values, color=colors[arm], linewidth=1.8, marker="o", markersize=3, label=arm)
+        kept = model.stats["kept_step"]
+        axes.plot([kept], [means[kept]], color=colors[arm], marker="o", markersize=9, fillstyle="none")
+
+
+def _draw_steps(steps: Mapping[str, pa.Table], column: str, colors: Mapping[str, str], axes: Any) -> None:
+    """One line for each arm, smoothed over 5% of the run."""
+    for arm, table in steps.items():
+        values = table[column].to_numpy()
+        window = max(1, len(values) // 20)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(table["step"].to_numpy(), values, color=colors[arm], alpha=0.18, linewidth=0.7)
+        axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=colors[arm], linewidth=1.8, label=arm)
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    """A chart over steps."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "strata"}):
+        figure, axes = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
+        draw(axes)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
+        axes.legend(frameon=False)
+        image = io.StringIO()
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return image.getvalue()[image.getvalue().index("<svg") :]
 
 
 def _cycle(count: int) -> list[str]:

@@ -6,21 +6,23 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config, override, read_yaml, runtime, validate
 from clusterlib.diagnostics import PhaseSummary, summarize
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.tables import MEAN
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
-from pipelines.evaluate import MEAN, EvaluateConfig, evaluate, scores_spec
+from pipelines.evaluate import EvaluateConfig, StudentTests, evaluate, scores_spec
 from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
+from pipelines.sources import absolute
 from train.data import shard_index
 from train.launch import model_spec, train
 from train.loop import TrainConfig
@@ -49,6 +51,15 @@ class RunConfig(Config):
     arms: dict[str, dict[str, Any]] = Field(
         {}, description="runs to compare: name -> dotted settings that differ; artifacts they share are made once"
     )
+
+    @model_validator(mode="after")
+    def _has_tests(self) -> Self:
+        if self.train.test_every_steps and not (self.evaluate.tests or self.evaluate.tasks):
+            raise ValueError(
+                f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; name some in "
+                "evaluate.tests or evaluate.tasks"
+            )
+        return self
 
     def arm_configs(self) -> dict[str, RunConfig]:
         """The configuration of each arm; the recipe itself, under its own name, when it has none."""
@@ -97,9 +108,13 @@ class Chain:
     def shards(self) -> Spec:
         return shards_spec(self.config.shard, self.embeddings.fingerprint, self.centroids.fingerprint)
 
+    @property
+    def tests(self) -> StudentTests:
+        return StudentTests(self.config.evaluate, absolute(self.config.data))
+
     @functools.cached_property
     def model(self) -> Spec:
-        return model_spec(self.config.train, self.config.batching, self.shards.fingerprint)
+        return model_spec(self.config.train, self.config.batching, self.shards.fingerprint, self.tests)
 
     def specs(self) -> list[Spec]:
         return [self.pairs, self.embeddings, self.centroids, self.shards, self.model]
@@ -165,7 +180,14 @@ class Run:
 
     def train(self) -> dict[str, Artifact]:
         return {
-            arm: train(chain.config.train, chain.config.batching, self._open(chain.shards, "shard"), self.root, arm)
+            arm: train(
+                chain.config.train,
+                chain.config.batching,
+                self._open(chain.shards, "shard"),
+                self.root,
+                arm,
+                chain.tests,
+            )
             for arm, chain in self.arms.items()
         }
 
@@ -197,18 +219,19 @@ class Run:
     def tune(self) -> list[Outcome]:
         """Train and score every combination of `tune.space` on the shards that are there."""
         overrides = combinations(self.config.tune.space)
-        configs = [self.config.with_overrides(changes, "tune.space") for changes in overrides]
+        chains = [Chain(self.config.with_overrides(changes, "tune.space")) for changes in overrides]
         score = functools.partial(_score, self.config.evaluate, self.config.data, self.config.tune.metric, self.root)
         trials = [
             Trial(
                 " ".join(f"{name}={value}" for name, value in changes.items()),
-                config.train,
-                config.batching,
-                self._open(Chain(config).shards, "shard"),
+                chain.config.train,
+                chain.config.batching,
+                self._open(chain.shards, "shard"),
                 self.root,
+                chain.tests,
                 score,
             )
-            for changes, config in zip(overrides, configs, strict=True)
+            for changes, chain in zip(overrides, chains, strict=True)
         ]
         spec = Spec(
             "tune", 1, {"tune": self.config.tune}, {"shards": next(iter(self.arms.values())).shards.fingerprint}

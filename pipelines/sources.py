@@ -88,6 +88,11 @@ class RetrievalTest:
     judgements: Mapping[str, Mapping[str, int]]
 
 
+def absolute(path: str) -> str:
+    """A path or URI that means the same in another working folder."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 class Location:
     """A path or URI with the file system it is on; relative paths start at `folder`."""
 

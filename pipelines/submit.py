@@ -14,6 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from clusterlib.errors import StrataError
 from pipelines import PACKAGES
 from pipelines.run import RunConfig
+from pipelines.sources import absolute
 
 _ROOT = Path(__file__).parents[1]
 
@@ -38,14 +39,14 @@ def submit(config: RunConfig, command: str, root: str, address: str) -> int:
     except (ConnectionError, RuntimeError) as error:
         raise StrataError(f"--address {address}: no Ray dashboard answers there ({error})") from error
     # The job starts in a folder of its own: what was relative to this one must not be there.
-    config = config.replace(data=_absolute(config.data))
+    config = config.replace(data=absolute(config.data))
     with tempfile.TemporaryDirectory() as folder:
         for package in PACKAGES:
             shutil.copytree(_ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "pipelines.cli", command, "recipe.yaml", "--root", _absolute(root)]),
+            entrypoint=shlex.join(["python", "-m", "pipelines.cli", command, "recipe.yaml", "--root", absolute(root)]),
             runtime_env={"working_dir": folder},
         )
     print(f"submit: {job} on {address}")
@@ -53,10 +54,6 @@ def submit(config: RunConfig, command: str, root: str, address: str) -> int:
     status = client.get_job_status(job)
     print(f"submit: {job} {status.value.lower()}")
     return 0 if status == JobStatus.SUCCEEDED else 1
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:

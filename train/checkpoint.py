@@ -1,4 +1,5 @@
-"""Checkpoints: weights, AdamW's moments, the records of all steps so far (their count is the plan position), config.
+"""Checkpoints: weights, AdamW's moments, the records of all steps so far (their count is the plan position), the
+scores of the tests between them with the best weights where those are kept, config.
 
 All of it is whole, so a run continues with any number of ranks and under any ZeRO stage.
 """
@@ -14,12 +15,14 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from safetensors.torch import load_file, save_file
 
-from clusterlib.tables import STEPS
+from clusterlib.tables import STEPS, TESTS
 from train.engine import Engine
 from train.loop import Progress, TrainConfig
 
 _STATE = "state.safetensors"
 _STEPS = "steps.parquet"
+_TESTS = "tests.parquet"
+_BEST = "best.safetensors"
 _CONFIG = "config.json"
 _DIGESTS = "digests.json"
 _CHUNK = 2**24
@@ -32,17 +35,22 @@ def save(folder: Path, engine: Engine, progress: Progress, config: TrainConfig, 
         return
     save_file(state, folder / _STATE)
     pq.write_table(pa.Table.from_pylist(progress.records, schema=STEPS), folder / _STEPS)
+    pq.write_table(pa.Table.from_pylist(progress.tests, schema=TESTS), folder / _TESTS)
+    save_file(progress.best, folder / _BEST)
     (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     digests = {}
-    for name in (_STATE, _STEPS, _CONFIG):
+    for name in (_STATE, _STEPS, _TESTS, _BEST, _CONFIG):
         with (folder / name).open("rb") as stream:
             digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 
-def load(folder: Path, engine: Engine) -> Progress:
+def load(folder: Path, engine: Engine, rank: int) -> Progress:
     """Continue from a checkpoint; every rank calls it."""
     progress = Progress(pq.read_table(folder / _STEPS).to_pylist())
+    if rank == 0:
+        progress.tests = pq.read_table(folder / _TESTS).to_pylist()
+        progress.best = load_file(folder / _BEST)
     engine.restore(load_file(folder / _STATE), progress.step)
     return progress
 

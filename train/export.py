@@ -1,12 +1,10 @@
-"""The finished student as a sentence-transformers folder that also loads with plain transformers."""
+"""The student as a sentence-transformers folder that also loads with plain transformers."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from train.model import Encoder, drop_pooler
 
@@ -21,6 +19,8 @@ def export(
 ) -> None:
     """Write weights (safetensors, float32), tokenizer, pooling, normalisation, prompts and model card.
 
+    The student stays as and where it is, so it can go on learning.
+
     Args:
         prompts: "query" and "document" -> text put before each.
         max_tokens: longer inputs are cut.
@@ -30,7 +30,7 @@ def export(
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     with tempfile.TemporaryDirectory() as scratch:
-        model.backbone.to(device="cpu", dtype=torch.float32).save_pretrained(scratch)
+        model.backbone.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         transformer = Transformer(scratch, max_seq_length=max_tokens)
         drop_pooler(transformer.auto_model)  # loading made one up again, from random numbers

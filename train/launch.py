@@ -6,22 +6,23 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch.distributed as dist
 import yaml
 
 from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
-from clusterlib.config import dump
+from clusterlib.config import dump, plain
 from clusterlib.diagnostics import summarize
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import STEPS
+from clusterlib.tables import STEPS, TESTS
 from train import checkpoint
 from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, shard_index
 from train.engine import Engine
@@ -29,34 +30,64 @@ from train.export import export
 from train.loop import Progress, TrainConfig, fit
 from train.mine import Miner
 from train.model import build_student, student_architecture
+from train.trackers import TrackedRun, Tracker, check_trackers, start_trackers
 
 EXPORT = "export"  # folder of the sentence-transformers model inside the artifact
 _CHECKPOINTS = "checkpoints"
 _LOG_SECONDS = 10
 
 
-def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str) -> Spec:
+class Tests(Protocol):
+    """What scores the student while it learns; it travels to rank 0."""
+
+    def content(self) -> Mapping[str, Any]:
+        """The settings that say what it is tested on."""
+        ...
+
+    def origin(self) -> Mapping[str, Any]:
+        """What identifies the files of the tests."""
+        ...
+
+    def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
+        """Score an exported model: rows of schema TESTS without the step."""
+        ...
+
+
+def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str, tests: Tests | None = None) -> Spec:
     """What a trained model is made from; `shards` is a fingerprint."""
-    return Spec("model", 2, {"train": config, "batching": batching}, {"shards": shards})
+    settings, inputs = {"train": config, "batching": batching}, {"shards": shards}
+    if config.test_every_steps and tests:
+        return Spec("model", 2, {**settings, **tests.content()}, inputs, tests.origin())
+    return Spec("model", 2, settings, inputs)
 
 
-def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root: Root, name: str) -> Artifact:
+def train(
+    config: TrainConfig,
+    batching: BatchingConfig,
+    shards: Artifact,
+    root: Root,
+    name: str,
+    tests: Tests | None = None,
+) -> Artifact:
     """Train a student on the shards' planned batches, continuing a run that was cut short.
 
     Args:
         name: what progress lines call the run.
+        tests: what `config.test_every_steps` asks for.
 
     Returns:
-        The `model` artifact: `export/`, a sentence-transformers folder, and the table `steps`.
+        The `model` artifact: `export/`, a sentence-transformers folder, and the tables `steps` and, where there
+        are tests in the loop, `tests`.
 
     Raises:
         StrataError: the settings do not fit the shards or each other.
     """
-    spec = model_spec(config, batching, shards.fingerprint)
+    spec = model_spec(config, batching, shards.fingerprint, tests)
     made = root.find(spec)
     if made is not None:
         return made
-    plan = Plan(shard_index(shards), batching)
+    check_trackers(config.trackers)
+    Plan(shard_index(shards), batching)  # refuses what does not fit the shards
     if batching.global_batch_size % config.num_workers:
         raise StrataError(
             f"batching.global_batch_size={batching.global_batch_size} does not divide by "
@@ -69,18 +100,16 @@ def train(config: TrainConfig, batching: BatchingConfig, shards: Artifact, root:
     draft = Draft(root, spec)
     receipt = draft.receipt(EXPORT)
     if receipt is None:
-        phases = "; then ".join(
-            f"{phase.settings.title}: {phase.num_batches} batches an epoch, {len(phase.strata)} strata"
-            for phase in plan.phases
-        )
-        _fit(config, batching, shards, draft, f"{name}: {phases}")
+        _fit(config, batching, shards, draft, name, tests)
         receipt = draft.receipt(EXPORT)
     if receipt is None:
         raise RuntimeError(f"{draft.path}: training ended without an exported model")
     return draft.publish([receipt], receipt.stats)
 
 
-def _fit(config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft: Draft, title: str) -> None:
+def _fit(
+    config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft: Draft, name: str, tests: Tests | None
+) -> None:
     """Run the ranks to the end, restarting them from the latest checkpoint when one is lost."""
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -89,7 +118,8 @@ def _fit(config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft:
             "batching": batching,
             "shards": shards,
             "draft": draft,
-            "title": title,
+            "name": name,
+            "tests": tests,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
         run_config=ray.train.RunConfig(
@@ -98,7 +128,7 @@ def _fit(config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft:
             storage_path=draft.path,
             storage_filesystem=draft.root.fs,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -111,6 +141,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
     batching: BatchingConfig = settings["batching"]
     shards: Artifact = settings["shards"]
     draft: Draft = settings["draft"]
+    tests: Tests = settings["tests"]
     # Ray Train and DeepSpeed log their inner life; rank 0 says below what matters.
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)
@@ -147,9 +178,26 @@ def _worker(settings: Mapping[str, Any]) -> None:
     progress = Progress()
     if found[0] is not None:
         with ray.train.Checkpoint(found[0], draft.root.fs).as_directory() as folder:
-            progress = checkpoint.load(Path(folder), engine)
+            progress = checkpoint.load(Path(folder), engine, rank)
     miner = Miner(draft, cache_dir, plan, store, engine, config.micro_batch_size, writes_cache)
-    log = _Log(settings["title"], config.num_steps(plan), batching.global_batch_size, progress, rank)
+    trackers = []
+    if rank == 0:
+        content, folder = plain(draft.spec.config), Path(config.tensorboard_dir).expanduser()
+        run = TrackedRun(settings["name"], draft.spec.fingerprint, content, progress.step, folder)
+        trackers = start_trackers(config.trackers, run)
+    log = _Log(settings["name"], plan, config.num_steps(plan), progress, rank, trackers)
+
+    def on_test(progress: Progress) -> None:
+        if rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                _export(draft, shards, engine, tokenizer, plan, progress.step, Path(folder))
+                progress.tests += [{"step": progress.step, **row} for row in tests(Path(folder), str(device))]
+            if config.keep == "best" and progress.step == progress.best_step:
+                weights = engine.model.state_dict().items()
+                progress.best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights}
+            log.on_test(progress)
+        # Not the process group's: a long test would be taken for a rank that hangs.
+        ray.train.collective.barrier()
 
     def on_checkpoint(progress: Progress) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -161,23 +209,29 @@ def _worker(settings: Mapping[str, Any]) -> None:
                 checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
-    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint)
+    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint, on_test)
     miner.forget()
     if rank == 0:
         _finish(draft, shards, engine, tokenizer, plan, progress)
+        for tracker in trackers:
+            tracker.close()
 
 
 def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress) -> None:
-    """Write the exported model and the records of all steps, then the receipt that says so."""
-    tokens = shards.config["shard"]
-    prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / EXPORT
-        export(engine.model, tokenizer, folder, prompts, _max_tokens(shards), _card(draft, shards, plan))
-        parts: list[Part] = draft.write_folder(EXPORT, folder)
+    """Write the exported model and the records of all steps and tests, then the receipt that says so."""
+    kept_step = progress.step
+    if progress.best:
+        kept_step = progress.best_step
+        engine.model.load_state_dict(progress.best)
+    with tempfile.TemporaryDirectory() as folder:
+        _export(draft, shards, engine, tokenizer, plan, kept_step, Path(folder))
+        parts: list[Part] = draft.write_folder(EXPORT, Path(folder))
     parts.append(draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)]))
+    if progress.tests:
+        parts.append(draft.write("tests", "tests", TESTS, [pa.Table.from_pylist(progress.tests, schema=TESTS)]))
     stats = {
         "num_steps": progress.step,
+        "kept_step": kept_step,
         "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),
         "phases": [dataclasses.asdict(phase) for phase in summarize(plan, progress.step)],
         "train_seconds": sum(record["step_seconds"] for record in progress.records),
@@ -194,13 +248,22 @@ def _teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str
     return settings
 
 
+def _export(
+    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, step: int, folder: Path
+) -> None:
+    """Write the student as it is after `step`."""
+    tokens = shards.config["shard"]
+    prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
+    export(engine.model, tokenizer, folder, prompts, _max_tokens(shards), _card(draft, shards, plan, step))
+
+
 def _max_tokens(shards: Artifact) -> int:
     tokens = shards.config["shard"]
     return int(max(tokens["query_max_tokens"], tokens["passage_max_tokens"]))
 
 
-def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
-    """The exported model's README.md."""
+def _card(draft: Draft, shards: Artifact, plan: Plan, step: int) -> str:
+    """The README.md of the model after `step`."""
     front = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -212,7 +275,8 @@ def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
         f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
         f"Trained by Strata on {plan.num_rows} pairs of {', '.join(shards.stats['num_rows_by_source'])} "
         f"({shards.name}), with in-batch negatives chosen by the strategy {strategies} "
-        f"(arXiv 2407.18887).\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f"(arXiv 2407.18887). These are its weights after step {step:,}.\n\n"
+        f"```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'model = SentenceTransformer("path/to/this/folder")\n'
         f"similarity = model.similarity(model.encode_query([query]), model.encode_document(passages))\n```\n\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n"
@@ -220,20 +284,28 @@ def _card(draft: Draft, shards: Artifact, plan: Plan) -> str:
 
 
 class _Log:
-    """A progress line on rank 0 every few seconds."""
+    """A progress line on rank 0 every few seconds, and every measure to its trackers."""
 
-    def __init__(self, title: str, num_steps: int, batch_size: int, progress: Progress, rank: int) -> None:
+    def __init__(
+        self, name: str, plan: Plan, num_steps: int, progress: Progress, rank: int, trackers: Sequence[Tracker]
+    ) -> None:
         self._num_steps = num_steps
-        self._batch_size = batch_size
+        self._batch_size = plan.config.global_batch_size
+        self._trackers = trackers
         self._loud = rank == 0
         self._since = time.monotonic()
         self._first = progress.step
         self._next = self._since
         if self._loud:
             resumed = f", continued at step {progress.step}" if progress.step else ""
-            print(f"train {title}, {num_steps} steps of {batch_size} pairs{resumed}", flush=True)
+            phases = "; then ".join(
+                f"{phase.settings.title}: {phase.num_batches} batches an epoch, {len(phase.strata)} strata"
+                for phase in plan.phases
+            )
+            print(f"train {name}: {phases}, {num_steps} steps of {self._batch_size} pairs{resumed}", flush=True)
 
     def on_step(self, progress: Progress) -> None:
+        self._track(progress.step, _scalars(progress.records[-1], self._batch_size))
         now = time.monotonic()
         if not self._loud or (now < self._next and progress.step < self._num_steps):
             return
@@ -246,3 +318,23 @@ class _Log:
             f"hardness {last['hardness']:.3f} {rate * self._batch_size:.0f} pairs/s {left:.0f} s left",
             flush=True,
         )
+
+    def on_test(self, progress: Progress) -> None:
+        rows = [row for row in progress.tests if row["step"] == progress.step]
+        self._track(progress.step, {f"test/{row['task']}/{row['metric']}": row["value"] for row in rows})
+        means = progress.means()
+        print(
+            f"train step {progress.step}/{self._num_steps} tests: mean NDCG@10 {means[progress.step]:.4f}, "
+            f"best {means[progress.best_step]:.4f} at step {progress.best_step}",
+            flush=True,
+        )
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+
+def _scalars(record: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+    """What trackers show of a record of schema STEPS."""
+    measures = {f"train/{name}": value for name, value in record.items() if isinstance(value, float)}
+    return {**measures, "train/pairs_per_second": batch_size / record["step_seconds"]}

@@ -10,15 +10,18 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from clusterlib.config import Config, runtime
 from clusterlib.plan import Mining, Plan
+from clusterlib.tables import MEAN
 from train.data import TokenStore
 from train.engine import Engine, OptimizerConfig
 from train.gradcache import accumulate_gradient
 from train.loss import LossConfig, as_record
 from train.model import StudentConfig
+from train.trackers import TrackerName
 
 
 class TrainConfig(Config):
@@ -35,26 +38,50 @@ class TrainConfig(Config):
         "fp32", description="of the encoder's arithmetic; weights, similarities and the loss are float32"
     )
     seed: int = Field(0, ge=0, description="of initial weights and dropout; batching.seed is the plan's")
+    test_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="score the student on the tests and tasks of `evaluate` this often, and after the last step; "
+        "rank 0 does it while the others wait. By default never",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="which weights become the model: those after the last step, or those with the best mean NDCG@10 "
+        "of the tests in the loop",
+    )
 
     num_workers: int = runtime(1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs")
     use_gpu: bool = runtime(False, description="ranks need a GPU each; NCCL instead of gloo")
-    zero_stage: Literal[0, 1, 2] = runtime(
-        0,
-        description="ZeRO stage (arXiv 1910.02054). Not 3: it would gather all weights for each micro-batch's two "
-        "passes, to spare memory that an encoder's weights do not need",
-    )
+    zero_stage: Literal[0, 1, 2] = runtime(0, description="ZeRO stage (arXiv 1910.02054)")
     micro_batch_size: int = runtime(64, ge=1, description="rows a rank encodes at once; bounds memory")
     gradient_checkpointing: bool = runtime(
         False, description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in less memory"
     )
     checkpoint_every_steps: int = runtime(500, ge=1)
+    checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
     max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")
     cache_dir: str = runtime("~/.cache/strata/tokens", description="folder for tokens on each node's own disk")
+    trackers: list[TrackerName] = runtime([], description="where rank 0 sends what each step and test measures")
+    tensorboard_dir: str = runtime(
+        "~/.cache/strata/tensorboard", description="folder on rank 0's node for event files, in one of each run"
+    )
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _gathers_nothing(cls, stage: Any) -> Any:
+        if stage in (3, "3"):
+            raise ValueError(
+                "3 would gather all weights for each micro-batch's two passes, to spare memory that an encoder's "
+                "weights do not need; set 2 or less"
+            )
+        return stage
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _fits(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs")
+        if self.keep == "best" and self.test_every_steps is None:
+            raise ValueError("keep=best needs tests in the loop to tell the best by; set test_every_steps")
         return self
 
     def num_steps(self, plan: Plan) -> int:
@@ -63,13 +90,32 @@ class TrainConfig(Config):
 
 @dataclass
 class Progress:
-    """How far a run is: one record of schema STEPS for each finished step."""
+    """How far a run is.
+
+    Attributes:
+        records: of schema STEPS, one for each finished step.
+        tests: of schema TESTS; on rank 0.
+        best: the weights of `best_step`, on the CPU; on rank 0 where the best are kept.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
+    tests: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         return len(self.records)
+
+    def means(self) -> dict[int, float]:
+        """Mean NDCG@10 over the tasks, by the step of the test."""
+        rows = [row for row in self.tests if row["task"] == MEAN and row["metric"] == "ndcg_at_10"]
+        return {row["step"]: row["value"] for row in rows}
+
+    @property
+    def best_step(self) -> int:
+        """The step of the test that went best; of equals, the first."""
+        means = self.means()
+        return max(means, key=lambda step: means[step])
 
 
 def fit(
@@ -81,6 +127,7 @@ def fit(
     mine: Callable[[Mining, int], np.ndarray],
     on_step: Callable[[Progress], None],
     on_checkpoint: Callable[[Progress], None],
+    on_test: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """Train from `progress` to the last step; every rank calls it.
 
@@ -88,6 +135,7 @@ def fit(
         mine: gives the table of neighbours for a step; see train.mine.Miner.
         on_step: called on every rank after each step.
         on_checkpoint: called on every rank when a checkpoint is due, and after the last step.
+        on_test: called on every rank when a test is due, before the checkpoint that is to hold its scores.
     """
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_steps = config.num_steps(plan)
@@ -125,5 +173,8 @@ def fit(
             }
         )
         on_step(progress)
-        if progress.step % config.checkpoint_every_steps == 0 or progress.step == num_steps:
+        is_last = progress.step == num_steps
+        if config.test_every_steps and (progress.step % config.test_every_steps == 0 or is_last):
+            on_test(progress)
+        if progress.step % config.checkpoint_every_steps == 0 or is_last:
             on_checkpoint(progress)

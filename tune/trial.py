@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from clusterlib.artifact import Artifact, Root
 from clusterlib.plan import BatchingConfig
-from train.launch import train
+from train.launch import Tests, train
 from train.loop import TrainConfig
 
 
@@ -17,6 +17,7 @@ class Trial:
 
     Attributes:
         name: its overrides, for people.
+        tests: of the training loop.
         score: the metric's value of a trained model.
     """
 
@@ -25,9 +26,10 @@ class Trial:
     batching: BatchingConfig
     shards: Artifact
     root: Root
+    tests: Tests
     score: Callable[[str, Artifact], float]
 
     def run(self) -> float:
         """Train, or find the model already trained with these settings, and score it."""
-        model = train(self.train, self.batching, self.shards, self.root, self.name)
+        model = train(self.train, self.batching, self.shards, self.root, self.name, self.tests)
         return self.score(self.name, model)

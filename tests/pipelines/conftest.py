@@ -68,12 +68,21 @@ def recipe(tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_
             "micro_batch_size": 4,
             "checkpoint_every_steps": 4,
             "cache_dir": str(tmp_path_factory.mktemp("cache")),
+            "tensorboard_dir": str(tmp_path_factory.mktemp("tensorboard")),
         },
         "evaluate": {
             "tests": [{"name": "local", "format": "beir", "path": str(beir_folder)}],
             "references": {"teacher": {"name": str(teacher_folder)}},
         },
-        "arms": {"random": {"batching.strategy": "random"}, "cluster": {}},
+        "arms": {
+            "random": {
+                "batching.strategy": "random",
+                "train.test_every_steps": 3,
+                "train.keep": "best",
+                "train.trackers": ["tensorboard"],
+            },
+            "cluster": {},
+        },
     }
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

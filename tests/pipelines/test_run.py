@@ -23,7 +23,7 @@ def digests(root):
     found = {}
     for artifact in root.artifacts():
         if artifact.kind == "model":
-            found[artifact.name] = [part.sha256 for part in artifact.parts("export")]
+            found[artifact.name] = [part.sha256 for table in ("export", "tests") for part in artifact.parts(table)]
         elif artifact.kind != "report":
             found[artifact.name] = [part.sha256 for part in artifact.parts()]
     return found
@@ -82,6 +82,36 @@ def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
         assert model.stats["phases"][0]["total"]["pure_fraction"] == 1.0 or strategy == "cluster"
 
 
+def test_tests_in_the_loop_score_as_evaluate_does_and_the_best_is_kept(finished):
+    root, _, _ = finished
+    models = [artifact for artifact in root.artifacts() if artifact.kind == "model"]
+    (model,) = (model for model in models if model.parts("tests"))
+    rows = model.read("tests").to_pylist()
+    means = {row["step"]: row["value"] for row in rows if (row["task"], row["metric"]) == ("mean", "ndcg_at_10")}
+    assert list(means) == [3, 6, 9, 12]
+    kept = model.stats["kept_step"]
+    assert means[kept] == max(means.values())
+    assert f"after step {kept}." in Path(model.path, "export", "README.md").read_text()
+    (scores,) = (
+        artifact.read().to_pylist()
+        for artifact in root.artifacts()
+        if artifact.kind == "scores" and artifact.manifest["inputs"].get("model") == model.fingerprint
+    )
+    in_loop = [row for row in rows if row["step"] == kept]
+    assert len(in_loop) == len(scores) == 6
+    for found, row in zip(in_loop, scores, strict=True):
+        assert row.pop("run") == "random" and row.pop("value") == pytest.approx(found.pop("value"), abs=1e-6)
+        assert found == row
+
+
+def test_tensorboard_has_every_step_and_test(finished, recipe):
+    folder = load_recipe(str(recipe), {}).train.tensorboard_dir
+    data = b"".join(path.read_bytes() for path in Path(folder).glob("random-*/events.*"))
+    for name in ("train/loss", "train/learning_rate", "train/pairs_per_second", "test/local/ndcg_at_10"):
+        assert name.encode() in data
+    assert b"histogram" not in data and not list(Path(folder).glob("cluster-*"))
+
+
 def test_the_student_learns(finished):
     root, _, _ = finished
     for model in (artifact for artifact in root.artifacts() if artifact.kind == "model"):
@@ -131,7 +161,14 @@ def test_the_report_is_one_file_that_says_what_ran(finished):
     for artifact in root.artifacts():
         if artifact.kind != "report":
             assert artifact.name in html
-    for word in ("what about", "cluster − random", "In-batch accuracy", "usable pairs", "max_workers"):
+    for word in (
+        "what about",
+        "cluster − random",
+        "In-batch accuracy",
+        "usable pairs",
+        "max_workers",
+        "tests in the loop",
+    ):
         assert word in html, word
 
 
@@ -139,7 +176,7 @@ def test_arms_share_what_they_can(recipe):
     config = load_recipe(str(recipe), {})
     random, cluster = config.arm_configs().values()
     assert random.batching.strategy == "random" and cluster.batching.strategy == "cluster"
-    assert random.replace(batching=cluster.batching) == cluster
+    assert random.replace(batching=cluster.batching, train=cluster.train) == cluster
 
 
 def test_any_model_is_scored_on_the_recipes_tests(finished, recipe):

@@ -6,6 +6,7 @@ Usage: ranks_worker.py SETTINGS.json; RANK, WORLD_SIZE and the like are in the e
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ import torch.distributed as dist
 
 from clusterlib.artifact import Draft, Root, Spec
 from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.tables import MEAN
 from train import checkpoint
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.engine import Engine
+from train.export import export
 from train.gradcache import accumulate_gradient
 from train.loop import Progress, TrainConfig, fit
 from train.mine import Miner
@@ -72,6 +75,18 @@ def keep_gradient(engine, monitored):
     return kept
 
 
+def score(model, tokenizer):
+    """A number that all weights of the exported model have a part in, found in a way that changes all that a test
+    in the loop could."""
+    from sentence_transformers import SentenceTransformer
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, tokenizer, Path(folder), {}, 24, "")
+        torch.manual_seed(0)  # as mteb does
+        left, right = SentenceTransformer(folder, device="cpu").encode(["rose and tulip", "piston"])
+    return float(left @ right)
+
+
 def main():
     settings = json.loads(Path(sys.argv[1]).read_text())
     reduced = []
@@ -123,7 +138,7 @@ def main():
         planned = Plan(index, BatchingConfig(**run.get("batching", settings["batching"])))
         draft = Draft(Root(settings["root"]), Spec("model", 1, {"run": run.get("like", name)}))
         miner = Miner(draft, Path(settings["cache"]), planned, store, engine, config.micro_batch_size, rank == 0)
-        progress = checkpoint.load(Path(run["load"]), engine) if run["load"] else Progress()
+        progress = checkpoint.load(Path(run["load"]), engine, rank) if run["load"] else Progress()
         started_at = progress.step
         folder = Path(settings["out"]) / name
 
@@ -131,14 +146,20 @@ def main():
             (folder / f"{progress.step}").mkdir(parents=True, exist_ok=True)
             checkpoint.save(folder / f"{progress.step}", engine, progress, config, rank)
 
-        fit(engine, planned, store, config, progress, miner, lambda _: None, save)
+        def test(progress, engine=engine):
+            if rank == 0:
+                row = {"step": progress.step, "task": MEAN, "split": "", "metric": "ndcg_at_10"}
+                progress.tests.append({**row, "value": score(engine.model, tokenizer)})
+            dist.barrier()
+
+        fit(engine, planned, store, config, progress, miner, lambda _: None, save, test)
         dist.barrier()
         if rank == 0:
             records = [
                 {key: value for key, value in record.items() if not key.endswith("_seconds")}
                 for record in progress.records
             ]
-            found = {"weights": weights(engine), "records": records, "started_at": started_at}
+            found = {"weights": weights(engine), "records": records, "started_at": started_at, "tests": progress.tests}
             torch.save(found, f"{settings['out']}/{name}.pt")
     dist.destroy_process_group()
 

@@ -28,7 +28,9 @@ def folder(tmp_path, architecture):
     for step in (2, 10, 12):
         path = tmp_path / f"step-{step:09d}"
         path.mkdir()
-        checkpoint.save(path, StillEngine(float(step)), Progress([{"step": n} for n in range(step)]), config, 0)
+        test = {"step": step, "task": "mean", "split": "", "metric": "ndcg_at_10", "value": 0.5}
+        progress = Progress([{"step": n} for n in range(step)], [test], {"a": torch.tensor([-float(step)])})
+        checkpoint.save(path, StillEngine(float(step)), progress, config, 0)
     (tmp_path / "snapshot.json").write_text("{}")
     return tmp_path
 
@@ -41,8 +43,11 @@ def test_the_latest_checkpoint_is_loaded(folder, capsys):
     found = latest(folder)
     assert found == str(folder / "step-000000012") and not capsys.readouterr().out
     engine = StillEngine(0.0)
-    progress = checkpoint.load(folder / "step-000000012", engine)
+    progress = checkpoint.load(folder / "step-000000012", engine, 0)
     assert progress.step == 12 == engine.num_updates and float(engine.value) == 12
+    assert progress.best_step == 12 and progress.best == {"a": torch.tensor([-12.0])}
+    other_rank = checkpoint.load(folder / "step-000000012", engine, 1)
+    assert other_rank.step == 12 and not other_rank.tests and not other_rank.best
 
 
 def damage_state(path):
@@ -57,6 +62,7 @@ def damage_state(path):
         (damage_state, "state.safetensors is not as it was written"),
         (lambda path: (path / "state.safetensors").write_bytes(b""), "state.safetensors is not as it was written"),
         (lambda path: (path / "steps.parquet").unlink(), "it is incomplete"),
+        (lambda path: (path / "best.safetensors").unlink(), "it is incomplete"),
         (lambda path: (path / "digests.json").unlink(), "it is incomplete"),
         (lambda path: (path / "digests.json").write_text('{"state'), "it is incomplete"),
     ],

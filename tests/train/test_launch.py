@@ -1,4 +1,11 @@
+"""Runs on Ray Train: what they refuse, and which weights they keep."""
+
+import os
+import shutil
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
 
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig
@@ -40,8 +47,6 @@ def test_a_run_mines_neighbors_and_leaves_no_table_behind(make_shards, tmp_path,
     steps = model.read("steps").to_pylist()
     assert [row["stratum"] for row in steps[:3]] == ["all"] * 3
     assert {row["stratum"] for row in steps[3:]} <= {"a", "b"}
-    mined = [row["mining_seconds"] for row in steps]
-    assert min(mined[3], mined[5]) > 10 * max(mined[0], mined[1], mined[2], mined[4])
     assert not list(cache.glob("*neighbors*")) and not list((tmp_path / "root").rglob("neighbors*"))
 
 
@@ -51,3 +56,62 @@ def test_neighbors_without_teacher_vectors_are_refused(shards, architecture):
     batching = BatchingConfig(strategy="neighbors", global_batch_size=8)
     with pytest.raises(StrataError, match="batching.strategy=neighbors: .* carries no teacher vectors"):
         train(config, batching, artifact, artifact.root, "test")
+
+
+def test_trackers_that_are_not_installed_are_refused_before_anything_runs(shards, architecture, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    artifact, _ = shards
+    config = TrainConfig(
+        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1, trackers=["wandb"]
+    )
+    with pytest.raises(StrataError, match=r"train.trackers: wandb .* not installed; `pip install wandb`"):
+        train(config, BatchingConfig(strategy="random", global_batch_size=8), artifact, artifact.root, "test")
+
+
+def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(ray_running, shards, tmp_path, architecture):
+    artifact, _ = shards
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    class Scripted:
+        """Scores each step as written, and keeps a copy of its model; dies once, while another rank waits."""
+
+        def content(self):
+            return {"tasks": ["scripted"]}
+
+        def origin(self):
+            return {}
+
+        def __call__(self, model, device):
+            step = len(list(seen.iterdir())) + 1
+            if step == 3 and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os._exit(1)
+            shutil.copytree(model, seen / f"{step}")
+            value = [0.25, 0.75, 0.5, 0.75][step - 1]
+            return [{"task": "mean", "split": "", "metric": "ndcg_at_10", "value": value}]
+
+    config = TrainConfig(
+        student={"architecture": architecture},
+        optimizer={"learning_rate": 1e-2},
+        steps=4,
+        num_workers=2,
+        checkpoint_every_steps=2,
+        cache_dir=str(tmp_path / "cache"),
+        test_every_steps=1,
+        keep="best",
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    made = train(config, batching, artifact, artifact.root, "test", Scripted())
+    assert (tmp_path / "died").exists()
+    assert made.config["tasks"] == ["scripted"]
+    tests = made.read("tests").to_pylist()
+    assert [(row["step"], row["value"]) for row in tests] == [(1, 0.25), (2, 0.75), (3, 0.5), (4, 0.75)]
+    assert made.stats["kept_step"] == 2 and made.stats["num_steps"] == 4 == made.parts("steps")[0].num_rows
+    assert "after step 2." in Path(made.path, "export", "README.md").read_text()
+
+    def weights(folder):
+        return {name: weight.tolist() for name, weight in load_file(folder / "model.safetensors").items()}
+
+    kept = weights(Path(made.path, "export"))
+    assert [kept == weights(seen / f"{step}") for step in (1, 2, 3, 4)] == [False, True, False, False]

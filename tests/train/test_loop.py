@@ -3,29 +3,65 @@
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pytest
 import torch
 
 from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import SIMILARITY_BINS, STEPS
+from clusterlib.tables import MEAN, SIMILARITY_BINS, STEPS
 from train.clock import Clock
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.loop import Progress, TrainConfig, fit
 from train.loss import MEASURES
 
 PHASES = [{"fraction": 0.25, "strategy": "source"}, {"fraction": 0.75, "strategy": "cluster", "k": 2}]
+OTHERS = [("local", "ndcg_at_10"), (MEAN, "mrr_at_10")]
 
 
-def test_records_say_phase_epoch_and_stratum(shards, tmp_path, architecture, monkeypatch):
+@pytest.fixture
+def loop(shards, tmp_path, monkeypatch):
+    """(engine that does nothing, plan, token store)"""
     monkeypatch.setattr("train.loop.accumulate_gradient", lambda *_: torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS))
     device = torch.device("cpu")
     engine = SimpleNamespace(device=device, clock=Clock(device), step=lambda learning_rate: 0.0)
     artifact, _ = shards
     index = shard_index(artifact)
     store = TokenStore(cache_shards(artifact, tmp_path, False), index, load_tokenizer(artifact).pad_token_id)
-    plan = Plan(index, BatchingConfig(global_batch_size=32, phases=PHASES))
-    epochs = [phase.num_batches for phase in plan.phases]
+    return engine, Plan(index, BatchingConfig(global_batch_size=32, phases=PHASES)), store
+
+
+def train_config(architecture, **settings):
     student = {"architecture": architecture}
-    config = TrainConfig.model_validate({"student": student, "optimizer": {"learning_rate": 1}, "epochs": 4})
+    return TrainConfig.model_validate({"student": student, "optimizer": {"learning_rate": 1}, **settings})
+
+
+def test_tests_come_every_n_steps_at_the_end_and_before_checkpoints(loop, architecture):
+    config = train_config(architecture, steps=7, test_every_steps=3, checkpoint_every_steps=2)
+    called = []
+
+    def calls(name):
+        return lambda progress: called.append(f"{name} {progress.step}")
+
+    fit(*loop, config, Progress(), lambda _: None, calls("checkpoint"), calls("test"))
+    assert called == ["checkpoint 2", "test 3", "checkpoint 4", "test 6", "checkpoint 6", "test 7", "checkpoint 7"]
+
+
+def test_the_best_step_is_the_first_of_the_highest_means():
+    means = {5: 0.25, 10: 0.5, 15: 0.5, 20: 0.125}
+    rows = [{"step": step, "task": MEAN, "metric": "ndcg_at_10", "value": value} for step, value in means.items()]
+    others = [{"step": 20, "task": task, "metric": metric, "value": 1.0} for task, metric in OTHERS]
+    progress = Progress(tests=[*rows, *others])
+    assert progress.means() == means and progress.best_step == 10
+
+
+def test_the_best_cannot_be_kept_without_tests(architecture):
+    with pytest.raises(ValueError, match="keep=best needs tests in the loop to tell the best by; set test_every_steps"):
+        train_config(architecture, steps=1, keep="best")
+
+
+def test_records_say_phase_epoch_and_stratum(loop, architecture):
+    engine, plan, store = loop
+    epochs = [phase.num_batches for phase in plan.phases]
+    config = train_config(architecture, epochs=4)
     num_steps = config.num_steps(plan)
     assert abs(num_steps * (0.25 / epochs[0] + 0.75 / epochs[1]) - 4) < 0.5 / min(epochs)
 

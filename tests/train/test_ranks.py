@@ -83,6 +83,9 @@ def outcome(setting):
             whole = f"whole{stage}-{num_ranks}"
             runs[whole] = {"config": config, "load": None}
             runs[f"resumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / whole / "2")}
+            config, tested = {**config, "test_every_steps": 1}, f"tested{stage}-{num_ranks}"
+            runs[tested] = {"config": config, "load": None}
+            runs[f"testedresumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / tested / "2")}
         run_ranks(num_ranks, setting, {}, runs)
 
     @functools.cache
@@ -263,6 +266,19 @@ def test_two_and_two_steps_are_four(outcome, num_ranks, stage):
     assert (whole["started_at"], resumed["started_at"]) == (0, 2)
     assert len(whole["records"]) == 4 and whole["records"] == resumed["records"]  # to the last bit
     assert torch.equal(whole["weights"], resumed["weights"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_tests_in_the_loop_change_nothing_and_are_resumed(outcome, num_ranks, stage):
+    whole, tested, resumed = (
+        outcome.resume(f"{name}{stage}", num_ranks) for name in ("whole", "tested", "testedresumed")
+    )
+    assert torch.equal(tested["weights"], whole["weights"]) and tested["records"] == whole["records"]
+    assert torch.equal(resumed["weights"], whole["weights"]) and resumed["started_at"] == 2
+    assert [row["step"] for row in tested["tests"]] == [1, 2, 3, 4]
+    assert len({row["value"] for row in tested["tests"]}) == 4  # each of the weights of its step
+    assert resumed["tests"] == tested["tests"]
 
 
 def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
