@@ -1,7 +1,8 @@
 r"""Soak: ingest, embed, cluster and shard under random SIGKILLs; the artifacts must equal an undisturbed run's.
 
-Kills a driver, a worker or the raylet at a random moment, starts the command again, and every few rounds has two
-drivers work on the same artifacts. Alone, over some hundred pairs of the demo in many small tasks:
+While a driver works, kills a worker, the driver or the raylet at a random moment, again and again; a driver that is
+gone is started anew, until the artifacts are finished. Every fourth time a second driver works on the same artifacts.
+Alone, over some hundred pairs of the demo in many small tasks:
 
     python tests/pipelines/soak.py --kills 100 demo embed.task_rows=32 shard.block_rows=64 cluster.num_leaves=4 \
         "ingest.inputs=[{source: numpy, format: docstrings, path: numpy, fraction: 0.2},
@@ -12,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,7 +28,10 @@ import psutil
 from clusterlib.artifact import Root
 
 VICTIMS = ("driver", "worker", "raylet")
+TITLES = {"worker": "ray::MapWorker", "raylet": "raylet/raylet"}  # of Ray's processes
 _LIMIT_SECONDS = 240
+
+Driver = subprocess.Popen[bytes]
 
 
 def prepare(words: list[str], root: str) -> None:
@@ -39,61 +46,80 @@ def prepare(words: list[str], root: str) -> None:
             stage()
 
 
-def start(words: list[str], root: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def running(words: list[str], root: Path) -> Iterator[Driver]:
+    """A driver at work; at the end it and all it has started are ended."""
+    driver = subprocess.Popen(
         [sys.executable, __file__, "--prepare", str(root), *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def family(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """All processes that a driver has started."""
     try:
-        return psutil.Process(driver.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+        while processes := family(driver):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=20)
 
 
-def pick(driver: subprocess.Popen[bytes], victim: str) -> psutil.Process | None:
-    if victim == "driver":
-        return psutil.Process(driver.pid)
-    sign = "raylet/raylet" if victim == "raylet" else "ray::"
+def family(driver: Driver, title: str = "") -> list[psutil.Process]:
+    """What a driver has started and still runs, under titles that hold `title`; they stay in its session."""
     found = []
-    for process in family(driver):
+    for process in psutil.process_iter():
         try:
-            if sign in " ".join(process.cmdline()[:1]):
+            started = process.pid != driver.pid and os.getsid(process.pid) == driver.pid
+            if started and title in process.cmdline()[0]:
                 found.append(process)
-        except psutil.Error:
+        except (psutil.Error, ProcessLookupError, IndexError):  # it has just ended
             continue
-    return random.choice(found) if found else None
+    return found
 
 
-def clear(processes: list[psutil.Process]) -> None:
-    """End what a killed driver left running."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=20)
+def strike(driver: Driver, victim: str, within_seconds: float) -> bool:
+    """Kill one of the driver's processes, or itself, at a random moment once it has workers.
 
-
-def check(root: Path, expected: dict[str, list[str]], late: bool) -> None:
-    """The same artifacts with the same parts as the undisturbed run, whole, and nothing else on disk.
-
-    Args:
-        late: a second driver was killed, whose last tasks may have written after the first one had swept.
+    Returns:
+        Whether there was something to kill.
     """
+    deadline = time.monotonic() + _LIMIT_SECONDS
+    while not family(driver, TITLES["worker"]):
+        if driver.poll() is not None:
+            return False
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no worker and no end for {_LIMIT_SECONDS} s")
+        time.sleep(0.2)
+    time.sleep(random.uniform(0, within_seconds))
+    processes = [psutil.Process(driver.pid)] if victim == "driver" else family(driver, TITLES[victim])
+    if driver.poll() is not None or not processes:
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        random.choice(processes).kill()
+        return True
+    return False
+
+
+def check(root: Path, expected: dict[str, list[str]], excused: set[str]) -> None:
+    """The same artifacts with the same parts as the undisturbed run, whole, and no other file but the excused."""
     found = Root(str(root)).artifacts()
     assert {artifact.name: digests(artifact) for artifact in found} == expected
     for artifact in found:
         artifact.verify()
+    assert orphans(root) <= excused, f"{root}: orphans {orphans(root) - excused}"
+
+
+def orphans(root: Path) -> set[str]:
+    """Files of finished artifacts that no manifest names."""
+    found = set()
+    for artifact in Root(str(root)).artifacts():
         named = {part["path"] for part in artifact.manifest["parts"]} | {"manifest.json"}
-        files = {str(path.relative_to(artifact.path)) for path in Path(artifact.path).rglob("*") if path.is_file()}
-        assert named <= files, f"{artifact.path}: missing {named - files}"
-        assert late or files == named, f"{artifact.path}: orphans {files - named}"
+        files = {f"{folder}/{name}" for folder, _, names in os.walk(artifact.path) for name in names}
+        found |= files - {f"{artifact.path}/{path}" for path in named}
+    return found
 
 
 def digests(artifact) -> list[str]:
@@ -102,39 +128,49 @@ def digests(artifact) -> list[str]:
 
 def soak(words: list[str], kills: int, seed: int) -> None:
     random.seed(seed)
+    victims = [victim for _ in range(kills) for victim in random.sample(VICTIMS, len(VICTIMS))]
     counts: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        assert start(words, Path(folder) / "undisturbed").wait(_LIMIT_SECONDS) == 0
-        seconds = time.monotonic() - began
+        with running(words, Path(folder) / "undisturbed") as driver:
+            assert driver.wait(_LIMIT_SECONDS) == 0
+        within_seconds = (time.monotonic() - began) / 4  # as a rule a run has more than one kill
         expected = {artifact.name: digests(artifact) for artifact in Root(f"{folder}/undisturbed").artifacts()}
+
+        def finishes(driver: Driver) -> bool:
+            """Whether a driver comes to its end before it, or its raylet, is killed."""
+            fatal = False
+            while counts["kills"] < kills and driver.poll() is None and not fatal:
+                victim = victims[counts["kills"]]
+                if strike(driver, victim, within_seconds):
+                    counts.update(["kills", f"killed {victim}"])
+                    fatal = victim != "worker"
+            if fatal:
+                driver.kill()  # without a raylet it would wait for a node that is gone
+            code = driver.wait(_LIMIT_SECONDS)
+            if code and not fatal:
+                raise SystemExit(f"a driver ended with {code} though at most workers were killed")
+            return code == 0
+
         while counts["kills"] < kills:
             root = Path(folder) / f"{counts['finished']}"
+            # Once an artifact is finished no driver works on it: what a killed one wrote late, or had no time to
+            # sweep, stays, and is never read.
+            excused: set[str] = set()
             pair = counts["finished"] % 4 == 3
-            drivers = [start(words, root) for _ in range(2 if pair else 1)]
-            counts["two drivers"] += pair
-            victim = VICTIMS[counts["kills"] % len(VICTIMS)]
-            time.sleep(random.uniform(0.3, 1.0) * seconds * len(drivers))
-            left = family(drivers[0])
-            process = pick(drivers[0], victim) if drivers[0].poll() is None else None
-            if process is not None:
-                process.kill()
-                counts["kills"] += 1
-                counts[f"killed {victim}"] += 1
-            if victim == "raylet" and process is not None:  # the driver waits for a node that is gone
-                drivers[0].kill()
-            codes = [driver.wait(_LIMIT_SECONDS) for driver in drivers]
-            if victim != "worker" and process is not None:
-                clear(left)
-            if 0 in codes:
-                check(root, expected, late=pair and process is not None)
-                counts["finished"] += 1
-            elif process is None or victim == "worker":
-                raise SystemExit(f"{root}: ended with {codes} though only a worker or nothing was killed")
-            print(dict(counts), flush=True)
-        if start(words, root).wait(_LIMIT_SECONDS) == 0:
-            check(root, expected, late=False)
+            with running(words, root) if pair else contextlib.nullcontext() as second:
+                finished = False
+                while not finished:
+                    with running(words, root) as driver:
+                        finished = finishes(driver)
+                    if not finished:
+                        excused |= orphans(root)
+                if second:
+                    assert second.wait(_LIMIT_SECONDS) == 0, "the second driver failed, though nothing of it was killed"
+            check(root, expected, excused)
             counts["finished"] += 1
+            counts["two drivers"] += pair
+            print(dict(counts), flush=True)
     print(f"RESULT soak kills={counts['kills']} finished={counts['finished']} lost=0")
 
 
