@@ -12,14 +12,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from memory import PeakMemory
 
 SIDES = ("strata", "ray sort", "partitioned")
 BLOCK_ROWS = 65_536
@@ -90,11 +89,11 @@ def run_side(side: str, folder: Path, out: Path) -> dict[str, float]:
 
     with ray_session(None):
         warm_up()
-        with PeakMemory() as memory:
+        with PeakMemory(seconds_between=0.2) as memory:
             started = time.perf_counter()
             {"strata": by_shards, "ray sort": by_sort, "partitioned": by_partitions}[side](folder, out)
             seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_mib": memory.peak_bytes / 2**20}
+    return {"seconds": seconds, "peak_mib": (memory.peak_bytes - memory.first_bytes) / 2**20}
 
 
 def warm_up() -> None:
@@ -143,37 +142,6 @@ def by_partitions(folder: Path, out: Path) -> None:
     import ray.data
 
     ray.data.read_parquet(str(folder)).write_parquet(str(out), partition_cols=["leaf"])
-
-
-class PeakMemory:
-    """Peak of the memory that this process and all it started hold alone, sampled, above that at the start."""
-
-    def __enter__(self) -> PeakMemory:
-        self._first = self._now()
-        self.peak_bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.2):
-            self.peak_bytes = max(self.peak_bytes, self._now() - self._first)
-
-    @staticmethod
-    def _now() -> int:
-        """Proportional set size, so that the object store, which is shared, counts once."""
-        total = 0
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-        return total
 
 
 if __name__ == "__main__":
