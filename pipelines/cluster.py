@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from clusterlib import kmeans, tree
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.diagnostics import agreement, imbalance
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.permutation import mix
 from clusterlib.tables import centroids_schema, fixed_size_list

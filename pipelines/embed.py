@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
+from clusterlib.artifact import Artifact, Root, Slice, Spec
 from clusterlib.config import Config, runtime
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.tables import embeddings_schema, fixed_size_list
 from pipelines.stage import Task, Workers, make

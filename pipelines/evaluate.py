@@ -16,8 +16,9 @@ import pyarrow as pa
 import ray
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config, runtime
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.tables import MEAN, SCORES
 from pipelines.sources import RetrievalTest, RetrievalTestConfig, origin, read_test

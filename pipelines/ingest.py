@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.tables import PAIRS, REJECTS, rejects, validate_pairs
 from pipelines.sources import (

@@ -15,8 +15,9 @@ import pyarrow as pa
 import yaml
 
 from clusterlib import kmeans
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.diagnostics import top_terms
+from clusterlib.draft import Draft, Receipt
 from clusterlib.plan import BatchingConfig
 from clusterlib.tables import MEAN
 from clusterlib.tree import Node

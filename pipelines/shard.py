@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from clusterlib import kmeans, shards
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Slice, Spec
+from clusterlib.artifact import Artifact, Root, Slice, Spec
 from clusterlib.config import Config, runtime
+from clusterlib.draft import Draft, Receipt
 from clusterlib.tables import INDEX, TREE, shards_schema, token_type
 from clusterlib.tables import vectors as to_matrix
 from pipelines.stage import Task, Workers, make

@@ -15,7 +15,8 @@ from typing import Any
 import ray
 import ray.data
 
-from clusterlib.artifact import Artifact, Draft, Receipt
+from clusterlib.artifact import Artifact
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
 

@@ -29,7 +29,8 @@ import pyarrow as pa
 import pytest
 
 from clusterlib import shards as shardlib
-from clusterlib.artifact import Draft, Receipt, Root, Spec
+from clusterlib.artifact import Root, Spec
+from clusterlib.draft import Draft, Receipt
 from clusterlib.tables import INDEX, TREE, fixed_size_list, shards_schema
 from clusterlib.tree import build
 

@@ -17,9 +17,10 @@ import ray.train.torch
 import torch.distributed as dist
 import yaml
 
-from clusterlib.artifact import Artifact, Draft, Part, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Part, Root, Spec
 from clusterlib.config import dump, plain
 from clusterlib.diagnostics import summarize
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import STEPS, TESTS

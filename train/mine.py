@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clusterlib.artifact import Draft, Part, Receipt
+from clusterlib.artifact import Part
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.neighbors import NOBODY, NeighborsConfig
 from clusterlib.plan import Mining, Plan

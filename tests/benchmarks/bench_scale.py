@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import real
 from memory import PeakMemory
 
-from clusterlib.artifact import Artifact, Draft, Receipt, Root, Spec
+from clusterlib.artifact import Artifact, Root, Spec
+from clusterlib.draft import Draft, Receipt
 from clusterlib.permutation import mix
 from clusterlib.tables import embeddings_schema, fixed_size_list
 from pipelines.cluster import ClusterConfig, cluster

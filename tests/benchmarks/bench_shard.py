@@ -103,7 +103,8 @@ def warm_up() -> None:
 
 
 def by_shards(folder: Path, out: Path) -> None:
-    from clusterlib.artifact import Draft, Root, Spec
+    from clusterlib.artifact import Root, Spec
+    from clusterlib.draft import Draft
     from pipelines.stage import Task, Workers, make
 
     draft = Draft(Root(str(out)), Spec("shards", 1, {}))
@@ -119,7 +120,7 @@ class Grouper:
 
     def __call__(self, work):  # type: ignore[no-untyped-def]
         from clusterlib import shards
-        from clusterlib.artifact import Receipt
+        from clusterlib.draft import Receipt
         from clusterlib.tables import INDEX
 
         file, path = work

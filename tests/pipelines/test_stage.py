@@ -4,7 +4,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from clusterlib.artifact import Draft, Receipt, Root, Spec
+from clusterlib.artifact import Root, Spec
+from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines.stage import Task, Workers, make
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clusterlib.artifact import Draft, Root, Spec
+from clusterlib.artifact import Root, Spec
+from clusterlib.draft import Draft
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import MEAN
 from train import checkpoint
