@@ -21,7 +21,8 @@ from clusterlib.config import Config, runtime
 from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.tables import MEAN, SCORES
-from pipelines.sources import RetrievalTest, RetrievalTestConfig, origin, read_test
+from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
+from pipelines.sources import origin
 from train.launch import EXPORT
 from train.model import ModelRef
 

@@ -15,17 +15,8 @@ from clusterlib.config import Config
 from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from clusterlib.tables import PAIRS, REJECTS, rejects, validate_pairs
-from pipelines.sources import (
-    InputConfig,
-    RetrievalTestConfig,
-    Split,
-    is_held_out,
-    origin,
-    passage_ids,
-    read,
-    read_test,
-    splits,
-)
+from pipelines.retrieval_tests import RetrievalTestConfig, is_held_out, passage_ids, read_test
+from pipelines.sources import InputConfig, Split, origin, read, splits
 from pipelines.stage import Task, Workers, make
 
 _HELD_OUT = "passage belongs to a retrieval test"

@@ -19,10 +19,10 @@ from clusterlib.tables import MEAN
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
 from pipelines.evaluate import EvaluateConfig, StudentTests, evaluate, scores_spec
+from pipelines.files import absolute
 from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
-from pipelines.sources import absolute
 from train.data import shard_index
 from train.launch import model_spec, train
 from train.loop import TrainConfig

@@ -1,27 +1,31 @@
-"""Readers: what users have, as raw rows of (row, query, passage, topic), and local retrieval tests."""
+"""Readers of inputs: what users have, as raw rows of (row, query, passage, topic)."""
 
 from __future__ import annotations
 
-import fnmatch
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from clusterlib.artifact import resolve
 from clusterlib.config import Config
 from clusterlib.errors import StrataError
-from clusterlib.tables import text_ids
 from pipelines.docstrings import package_version, read_docstrings
+from pipelines.files import (
+    Location,
+    beir_files,
+    beir_judgements,
+    beir_texts,
+    marco_files,
+    tsv_judgements,
+    tsv_texts,
+)
+from pipelines.retrieval_tests import RetrievalTestConfig
 
 BATCH_ROWS = 4096
 _RAW = pa.schema([("row", pa.int64()), ("query", pa.string()), ("passage", pa.string()), ("topic", pa.string())])
@@ -53,21 +57,6 @@ class InputConfig(Config):
     fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to keep, chosen by the hash of their ids")
 
 
-class RetrievalTestConfig(Config):
-    """A local retrieval test; none of its passages may occur in training."""
-
-    name: str = Field(..., pattern=r"^[\w.-]+$")
-    format: Literal["beir", "docstrings"]
-    path: str = Field(..., description="a BEIR folder, local or a URI; a Python package or `stdlib`")
-    split: str = "test"
-
-    @model_validator(mode="after")
-    def _split(self) -> Self:
-        if self.format == "docstrings" and self.split != "test":
-            raise ValueError("docstrings are held out under the split `test` only")
-        return self
-
-
 @dataclass(frozen=True)
 class Split:
     """A piece of an input that one task reads: a file, or what stands for one."""
@@ -75,83 +64,6 @@ class Split:
     id: str
     input: InputConfig
     file: str
-
-
-@dataclass(frozen=True)
-class RetrievalTest:
-    """A corpus, queries and judgements (query id -> passage id -> relevance > 0)."""
-
-    name: str
-    split: str
-    corpus: Mapping[str, str]
-    queries: Mapping[str, str]
-    judgements: Mapping[str, Mapping[str, int]]
-
-
-def absolute(path: str) -> str:
-    """A path or URI that means the same in another working folder."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
-
-
-class Location:
-    """A path or URI with the file system it is on; relative paths start at `folder`."""
-
-    def __init__(self, path: str, folder: str = ".") -> None:
-        if "://" not in path and not Path(path).expanduser().is_absolute():
-            path = f"{folder}{path}" if folder.endswith("/") else f"{folder}/{path}"
-        self.fs, self.path = resolve(path)
-
-    def at(self, path: str) -> Location:
-        """Another path on the same file system."""
-        other = object.__new__(Location)
-        other.fs, other.path = self.fs, path
-        return other
-
-    def __truediv__(self, name: str) -> Location:
-        return self.at(f"{self.path}/{name}")
-
-    def exists(self) -> bool:
-        return bool(self.fs.get_file_info(self.path).type == pafs.FileType.File)
-
-    def files(self, *endings: str) -> list[pafs.FileInfo]:
-        """The file itself, or the files below a folder or matching a glob, sorted, with one of the endings.
-
-        Raises:
-            StrataError: there are none.
-        """
-        base, wildcard = self.path, ""
-        if any(sign in self.path for sign in "*?["):
-            parts = self.path.split("/")
-            first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
-            base, wildcard = "/".join(parts[:first]), self.path
-        info = self.fs.get_file_info(base)
-        if info.type == pafs.FileType.File:
-            return [info]
-        found = []
-        if info.type == pafs.FileType.Directory:
-            for entry in self.fs.get_file_info(pafs.FileSelector(base, recursive=True)):
-                matches = fnmatch.fnmatch(entry.path, wildcard) if wildcard else entry.path.endswith(endings)
-                if entry.type == pafs.FileType.File and matches:
-                    found.append(entry)
-        if not found:
-            what = "no such file" if info.type == pafs.FileType.NotFound else f"no {' or '.join(endings)} file there"
-            raise StrataError(f"{self.path}: {what}; check the input's path")
-        return sorted(found, key=lambda entry: entry.path)
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number from 1, line without its end); compressed files are read through.
-
-        Raises:
-            StrataError: the file is missing or its compression ends too early.
-        """
-        try:
-            with self.fs.open_input_stream(self.path, compression="detect") as stream:
-                for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
-                    yield number, line.rstrip(b"\r\n")
-        except FileNotFoundError as error:
-            raise StrataError(f"{self.path}: no such file; check the input's path") from error
-        except (OSError, EOFError) as error:
-            raise StrataError(f"{self.path}: cannot be read to its end ({error}); fetch it again") from error
 
 
 class Rows:
@@ -194,9 +106,9 @@ def splits(config: InputConfig, folder: str) -> list[Split]:
         files = Location(config.path, folder).files(*endings)
         return [Split(f"{number:05d}", config, info.path) for number, info in enumerate(files)]
     if config.format == "tsv":
-        _marco_files(Location(config.path, folder), config.split)
+        marco_files(Location(config.path, folder), config.split)
     elif config.format == "beir":
-        _beir_files(Location(config.path, folder), config.split)
+        beir_files(Location(config.path, folder), config.split)
     return [Split("00000", config, config.path)]
 
 
@@ -209,9 +121,9 @@ def origin(config: InputConfig | RetrievalTestConfig, folder: str) -> Any:
         local = location.fs.get_file_info(location.path).type == pafs.FileType.Directory
         files = location.files("") if local else []
     elif config.format == "tsv":
-        files = [location.fs.get_file_info(file.path) for file in _marco_files(location, config.split)]
+        files = [location.fs.get_file_info(file.path) for file in marco_files(location, config.split)]
     elif config.format == "beir":
-        files = [location.fs.get_file_info(file.path) for file in _beir_files(location, config.split)]
+        files = [location.fs.get_file_info(file.path) for file in beir_files(location, config.split)]
     else:
         assert isinstance(config, InputConfig)
         files = location.fs.get_file_info([split.file for split in splits(config, folder)])
@@ -231,11 +143,11 @@ def read(split: Split, folder: str) -> Batches:
         case "jsonl":
             return _read_jsonl(split, Location(config.path, folder).at(split.file))
         case "tsv":
-            collection, queries, judgements = _marco_files(Location(config.path, folder), config.split)
-            return _join(_tsv_texts(collection), _tsv_texts(queries), _tsv_judgements(judgements, header=False))
+            collection, queries, judgements = marco_files(Location(config.path, folder), config.split)
+            return _join(tsv_texts(collection), tsv_texts(queries), tsv_judgements(judgements, header=False))
         case "beir":
-            corpus, queries, judgements = _beir_files(Location(config.path, folder), config.split)
-            return _join(_beir_texts(corpus), _beir_texts(queries), _beir_judgements(judgements))
+            corpus, queries, judgements = beir_files(Location(config.path, folder), config.split)
+            return _join(beir_texts(corpus), beir_texts(queries), beir_judgements(judgements))
         case "huggingface":
             return _read_huggingface(split, folder)
         case "docstrings":
@@ -364,139 +276,3 @@ def _join(
         for row, _ in missing:
             rows.reject(row, "names a passage that is not in the collection")
     yield rows.take()
-
-
-def _one_of(folder: Location, *names: str) -> Location:
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise StrataError(f"{folder.path}: holds no {' or '.join(names)}; check the input's path, format and split")
-
-
-def _marco_files(folder: Location, split: str) -> tuple[Location, Location, Location]:
-    """collection, queries and judgements (https://microsoft.github.io/msmarco/Datasets, passage ranking)."""
-    return (
-        _one_of(folder, "collection.tsv", "collection.tsv.gz"),
-        _one_of(folder, f"queries.{split}.tsv", f"queries.{split}.tsv.gz"),
-        _one_of(folder, f"qrels.{split}.tsv", f"qrels.{split}.tsv.gz"),
-    )
-
-
-def _beir_files(folder: Location, split: str) -> tuple[Location, Location, Location]:
-    """corpus, queries and judgements of a BEIR folder, as JSON lines and TSV, or all as Parquet."""
-    return (
-        _one_of(folder, "corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet"),
-        _one_of(folder, "queries.jsonl", "queries.jsonl.gz", "queries.parquet"),
-        _one_of(folder, f"qrels/{split}.tsv", f"qrels/{split}.parquet", "qrels.parquet"),
-    )
-
-
-def _decoded(location: Location) -> Iterator[tuple[int, str]]:
-    for number, line in location.lines():
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError as error:
-            raise StrataError(f"{location.path}: line {number} is not UTF-8; mend or remove it") from error
-
-
-def _tsv_texts(location: Location) -> Iterator[tuple[str, str]]:
-    for number, line in _decoded(location):
-        name, tab, text = line.partition("\t")
-        if not tab:
-            raise StrataError(f"{location.path}: line {number} has no tab; each line is id, tab, text")
-        yield name, text
-
-
-def _tsv_judgements(location: Location, header: bool) -> Iterator[tuple[int, str, str, int]]:
-    """(line, query, passage, relevance); MS MARCO has an unused second column, BEIR a header instead."""
-    lines = _decoded(location)
-    if header:
-        next(lines, None)
-    for number, line in lines:
-        fields = line.split("\t") if "\t" in line else line.split()
-        try:
-            query, passage, relevance = fields[0], fields[-2], int(fields[-1])
-        except (IndexError, ValueError) as error:
-            raise StrataError(f"{location.path}: line {number} is no judgement: {line[:80]!r}") from error
-        yield number, query, passage, relevance
-
-
-def _beir_texts(location: Location) -> Iterator[tuple[str, str]]:
-    if location.path.endswith(".parquet"):
-        table = _parquet_table(location, {"_id", "text"})
-        titles = table["title"].to_pylist() if "title" in table.column_names else [None] * table.num_rows
-        records: Iterator[Any] = zip(table["_id"].to_pylist(), titles, table["text"].to_pylist(), strict=True)
-    else:
-        records = _beir_records(location)
-    for name, title, text in records:
-        yield str(name), f"{title} {text}" if title else text
-
-
-def _beir_records(location: Location) -> Iterator[tuple[Any, Any, Any]]:
-    for number, line in _decoded(location):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                yield record["_id"], record.get("title"), record["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise StrataError(f"{location.path}: line {number} is no object with _id and text") from error
-
-
-def _beir_judgements(location: Location) -> Iterator[tuple[int, str, str, int]]:
-    if not location.path.endswith(".parquet"):
-        yield from _tsv_judgements(location, header=True)
-        return
-    table = _parquet_table(location, {"query-id", "corpus-id", "score"})
-    columns = (table[name].to_pylist() for name in ("query-id", "corpus-id", "score"))
-    for row, (query, passage, relevance) in enumerate(zip(*columns, strict=True)):
-        yield row, str(query), str(passage), int(relevance)
-
-
-def _parquet_table(location: Location, needed: set[str]) -> pa.Table:
-    try:
-        table = pq.read_table(location.path, filesystem=location.fs)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StrataError(f"{location.path}: not a whole Parquet file ({error}); fetch it again") from error
-    if missing := needed - set(table.column_names):
-        raise StrataError(
-            f"{location.path}: no column {', '.join(sorted(missing))}; the columns are {', '.join(table.column_names)}"
-        )
-    return table
-
-
-def read_test(config: RetrievalTestConfig, folder: str) -> RetrievalTest:
-    """A local retrieval test, held in memory.
-
-    Raises:
-        StrataError: files are missing or damaged, or no judgement names a known query and passage.
-    """
-    judgements: dict[str, dict[str, int]] = {}
-    if config.format == "docstrings":
-        corpus, queries = {}, {}
-        found = list(read_docstrings(config.path, "test"))
-        if found:
-            query_ids = text_ids(pa.array([item.query for item in found])).tolist()
-            passage_ids = text_ids(pa.array([item.passage for item in found])).tolist()
-            for item, query, passage in zip(found, query_ids, passage_ids, strict=True):
-                queries[f"q{query:016x}"], corpus[f"p{passage:016x}"] = item.query, item.passage
-                judgements.setdefault(f"q{query:016x}", {})[f"p{passage:016x}"] = 1
-    else:
-        files = _beir_files(Location(config.path, folder), config.split)
-        corpus, queries = dict(_beir_texts(files[0])), dict(_beir_texts(files[1]))
-        for _, query, passage, relevance in _beir_judgements(files[2]):
-            if relevance > 0 and query in queries and passage in corpus:
-                judgements.setdefault(query, {})[passage] = relevance
-        queries = {query: queries[query] for query in judgements}
-    if not judgements:
-        raise StrataError(f"{config.path}: test {config.name} has no judgement of a known query and passage")
-    return RetrievalTest(config.name, config.split, corpus, queries, judgements)
-
-
-def passage_ids(test: RetrievalTest) -> np.ndarray:
-    """Distinct ids of the test's passages, uint64, sorted."""
-    return np.unique(text_ids(pa.array(list(test.corpus.values()), pa.string())))
-
-
-def is_held_out(ids: pa.ChunkedArray, held_out: np.ndarray) -> np.ndarray:
-    """Which ids are among the sorted `held_out`, bool [rows]."""
-    return pc.is_in(ids, pa.array(held_out)).to_numpy(zero_copy_only=False)

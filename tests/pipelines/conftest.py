@@ -1,7 +1,10 @@
 """A small chain of artifacts made once, for the tests of single stages."""
 
+import json
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -87,6 +90,28 @@ def recipe(tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def judged_folder(request, tmp_path):
+    """A small BEIR folder in either layout: one query with two relevant passages, one without, one not judged."""
+    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": "", "text": "other"}]
+    queries = [{"_id": "x", "text": "q x"}, {"_id": "y", "text": "q y"}, {"_id": "z", "text": "unjudged"}]
+    judgements = [("x", "a", 2), ("x", "b", 1), ("y", "b", 0)]
+    if request.param == "jsonl":
+        (tmp_path / "qrels").mkdir()
+        for name, rows in (("corpus", corpus), ("queries", queries)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = "".join(f"{q}\t{p}\t{r}\n" for q, p, r in judgements)
+        (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    else:
+        pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "corpus.parquet")
+        pq.write_table(pa.Table.from_pylist(queries), tmp_path / "queries.parquet")
+        names = ("query-id", "corpus-id", "score")
+        pq.write_table(
+            pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]), tmp_path / "qrels.parquet"
+        )
+    return tmp_path
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from clusterlib.artifact import Root
 from pipelines.evaluate import EvaluateConfig, _local_task, evaluate
-from pipelines.sources import RetrievalTestConfig, read_test
+from pipelines.retrieval_tests import RetrievalTestConfig, read_test
 from train.model import ModelRef
 
 

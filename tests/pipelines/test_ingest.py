@@ -5,7 +5,8 @@ import pytest
 from clusterlib.artifact import Root
 from clusterlib.errors import StrataError
 from pipelines.ingest import IngestConfig, ingest
-from pipelines.sources import InputConfig, RetrievalTestConfig
+from pipelines.retrieval_tests import RetrievalTestConfig
+from pipelines.sources import InputConfig
 
 
 def write(path, rows):

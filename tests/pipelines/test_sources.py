@@ -6,16 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clusterlib.errors import StrataError
-from pipelines.sources import (
-    Columns,
-    InputConfig,
-    RetrievalTestConfig,
-    origin,
-    passage_ids,
-    read,
-    read_test,
-    splits,
-)
+from pipelines.sources import Columns, InputConfig, origin, read, splits
 
 ROWS = [("q1", "p1", "t1"), ("q2", "p2", "t2"), ("q3", "p3", "t1")]
 
@@ -146,31 +137,10 @@ def test_ms_marco_layout_joins_queries_and_collection(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
-def test_beir_folders(tmp_path, layout):
-    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": "", "text": "other"}]
-    queries = [{"_id": "x", "text": "q x"}, {"_id": "y", "text": "q y"}, {"_id": "z", "text": "unjudged"}]
-    judgements = [("x", "a", 2), ("x", "b", 1), ("y", "b", 0)]
-    if layout == "jsonl":
-        (tmp_path / "qrels").mkdir()
-        for name, rows in (("corpus", corpus), ("queries", queries)):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        lines = "".join(f"{q}\t{p}\t{r}\n" for q, p, r in judgements)
-        (tmp_path / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
-    else:
-        pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "corpus.parquet")
-        pq.write_table(pa.Table.from_pylist(queries), tmp_path / "queries.parquet")
-        names = ("query-id", "corpus-id", "score")
-        pq.write_table(
-            pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]), tmp_path / "qrels.parquet"
-        )
-    good, bad = rows_of(config(".", format="beir"), tmp_path)
+def test_beir_folders(judged_folder):
+    good, bad = rows_of(config(".", format="beir"), judged_folder)
     assert good == [("q x", "T body", None), ("q x", "other", None)]
     assert [reason for _, reason in bad] == ["judged not relevant"]
-    test = read_test(RetrievalTestConfig(name="t", format="beir", path=".", split="train"), str(tmp_path))
-    assert test.judgements == {"x": {"a": 2, "b": 1}}
-    assert dict(test.queries) == {"x": "q x"} and set(test.corpus) == {"a", "b"}
-    assert len(passage_ids(test)) == 2
 
 
 def test_hugging_face_data_sets_by_local_folder(tmp_path, table):
@@ -191,9 +161,3 @@ def test_a_changed_file_is_another_origin(tmp_path, table):
     assert before == origin(source, str(tmp_path))
     pq.write_table(table.slice(1), tmp_path / "a.parquet")
     assert before != origin(source, str(tmp_path))
-
-
-def test_docstrings_of_the_test_split_are_a_retrieval_test():
-    test = read_test(RetrievalTestConfig(name="numpy", format="docstrings", path="numpy"), ".")
-    assert len(test.queries) == len(test.judgements) > 50
-    assert all(set(found) <= set(test.corpus) for found in test.judgements.values())
