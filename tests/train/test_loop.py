@@ -41,7 +41,7 @@ def test_tests_come_every_n_steps_at_the_end_and_before_checkpoints(loop, archit
     def calls(name):
         return lambda progress: called.append(f"{name} {progress.step}")
 
-    fit(*loop, config, Progress(), lambda _: None, calls("checkpoint"), calls("test"))
+    fit(*loop, config, Progress(), lambda *_: None, lambda _: None, calls("checkpoint"), calls("test"))
     assert called == ["checkpoint 2", "test 3", "checkpoint 4", "test 6", "checkpoint 6", "test 7", "checkpoint 7"]
 
 
