@@ -157,9 +157,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
     plan = Plan(index, batching)
     store = TokenStore(cache_shards(shards, cache_dir, teacher), index, tokenizer.pad_token_id)
     engine = Engine(
-        build_student(config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing).to(
-            device
-        ),
+        build_student(
+            config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing, config.compile
+        ).to(device),
         config.optimizer,
         config.precision,
         config.zero_stage,

@@ -6,8 +6,11 @@ both kept alive and asked for one step in turn, so that a busy machine hinders b
 Ours: the whole loop under DeepSpeed, with masks, measures and records, reading each batch from the cache.
 Theirs: the loss module and torch's AdamW alone, fed with tokens that are ready and padded to the batch's
 longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data loader.
+
+With --compile, ours runs a second time as train.compile=true has it.
 """
 
+import functools
 import os
 import statistics
 import subprocess
@@ -55,7 +58,7 @@ def wait_for_turn() -> None:
         sys.exit(0)
 
 
-def ours() -> None:
+def ours(compiled: bool = False) -> None:
     """Take a step for each line on stdin; print its seconds and those spent on data."""
     import torch.distributed as dist
 
@@ -65,7 +68,7 @@ def ours() -> None:
     from train.loss import LossConfig
     from train.model import Encoder
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29755", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["PORT"], RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group("gloo")
     tokens = tokenized()
     count = len(tokens["query"])
@@ -76,12 +79,17 @@ def ours() -> None:
         steps=WARM_UP + ROUNDS,
         micro_batch_size=MICRO_BATCH,
     )
-    engine = Engine(Encoder(backbone(), "mean"), config.optimizer, "fp32", 0, BATCH)
+    student = backbone()
+    if compiled:
+        student.compile(dynamic=True)
+    engine = Engine(Encoder(student, "mean"), config.optimizer, "fp32", 0, BATCH)
     one_file = SimpleNamespace(locate=lambda rows: (np.zeros(len(rows), np.int64), rows))
     rows = np.random.default_rng(0).permutation(count)
     plan = SimpleNamespace(
         num_batches=count // BATCH,
-        step=lambda step: SimpleNamespace(rows=rows[step * BATCH : (step + 1) * BATCH], label="all"),
+        step=lambda step, _: SimpleNamespace(
+            rows=rows[step * BATCH : (step + 1) * BATCH], label="all", phase=0, epoch=0
+        ),
     )
 
     def on_step(progress: Progress) -> None:
@@ -142,13 +150,19 @@ def theirs() -> None:
 class Side:
     """A side's process."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, port: int) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "HF_HUB_OFFLINE": "1",
+            },
         )
         self._line("READY")
 
@@ -171,30 +185,33 @@ class Side:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        {"ours": ours, "theirs": theirs}[sys.argv[1]]()
+    compiles = "--compile" in sys.argv
+    if len(sys.argv) > 1 and not compiles:
+        {"ours": ours, "compiled": functools.partial(ours, True), "theirs": theirs}[sys.argv[1]]()
         return
-    sides = {name: Side(name) for name in ("ours", "theirs")}
+    names = ["ours", "compiled", "theirs"] if compiles else ["ours", "theirs"]
+    sides = {name: Side(name, 29755 + number) for number, name in enumerate(names)}
     for _ in range(WARM_UP):
         for side in sides.values():
             side.step()
     seconds = {name: [] for name in sides}
     waiting = []
     print(f"student 4x256, batch {BATCH}, micro-batch {MICRO_BATCH}, {SOURCE}, at most {QUERY_TOKENS}/{PASSAGE_TOKENS}")
-    print(f"{'round':>6} {'ours, pairs/s':>14} {'theirs, pairs/s':>16}")
+    print(f"{'round':>6}" + "".join(f" {f'{name}, pairs/s':>17}" for name in names))
     for number in range(ROUNDS):
         for name, side in list(sides.items())[:: 1 if number % 2 else -1]:
             taken, of_data = side.step()
             seconds[name].append(taken)
             if name == "ours":
                 waiting.append(of_data / taken)
-        print(f"{number:>6} {BATCH / seconds['ours'][-1]:>14.1f} {BATCH / seconds['theirs'][-1]:>16.1f}", flush=True)
+        print(f"{number:>6}" + "".join(f" {BATCH / seconds[name][-1]:>17.1f}" for name in names), flush=True)
     for side in sides.values():
         side.end()
     rates = {name: BATCH / statistics.median(values) for name, values in seconds.items()}
     print(
-        f"RESULT bench_train ratio={rates['ours'] / rates['theirs']:.2f} ours={rates['ours']:.1f} "
-        f"theirs={rates['theirs']:.1f} waiting_fraction={statistics.median(waiting):.4f}"
+        f"RESULT bench_train ratio={rates['ours'] / rates['theirs']:.2f} "
+        + "".join(f"{name}={rates[name]:.1f} " for name in names)
+        + f"waiting_fraction={statistics.median(waiting):.4f}"
     )
 
 
