@@ -165,9 +165,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
         teacher=config.loss.teacher_margin is not None,
     )
     engine = Engine(
-        build_student(config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing).to(
-            device
-        ),
+        build_student(
+            config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing, config.compile
+        ).to(device),
         config.optimizer,
         config.precision,
         config.zero_stage,

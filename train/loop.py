@@ -57,6 +57,9 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = runtime(
         False, description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in less memory"
     )
+    compile: bool = runtime(
+        False, description="compile the encoder with torch.compile: a minute or more at the start, faster steps"
+    )
     checkpoint_every_steps: int = runtime(500, ge=1)
     checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
     max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")

@@ -196,7 +196,12 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
 
 
 def build_student(
-    config: StudentConfig, tokenizer: Any, max_tokens: int, seed: int, gradient_checkpointing: bool = False
+    config: StudentConfig,
+    tokenizer: Any,
+    max_tokens: int,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Encoder:
     """The student before its first step, ready to train; random weights depend on `seed` alone."""
     from transformers import AutoModel
@@ -210,5 +215,8 @@ def build_student(
         backbone = AutoModel.from_config(student_architecture(config, tokenizer, max_tokens))
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        # In place, so that weights keep their names; for any shape, since micro-batches differ in length.
+        backbone.compile(dynamic=True)
     # A loaded model is in evaluation mode: without dropout, and heedless of checkpointing.
     return Encoder(backbone, config.pooling).train()

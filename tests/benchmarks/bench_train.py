@@ -7,6 +7,8 @@ Ours: the whole loop under DeepSpeed, with masks, measures and records, reading 
 Theirs: the loss module and torch's AdamW alone, fed with tokens that are ready and padded to the batch's
 longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data loader. Over
 several processes it gathers passages across them, and gradients are averaged once a step, as one flat tensor.
+
+With --compile, ours runs a second time as train.compile=true has it.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import torch
 import torch.distributed as dist
 from real import TEACHER, texts
 
-WARM_UP = 1
+WARM_UP = 2  # the first steps compile
 TEMPERATURE = 0.05
 SOURCE = "scitldr"
 
@@ -40,7 +42,10 @@ def arguments() -> argparse.Namespace:
     # 32/128 cuts most passages of this source, so that nearly all are as long and there is little to sort.
     parser.add_argument("--passage-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--side", choices=("ours", "theirs"), help="be one process of a side; for this script itself")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--side", choices=("ours", "compiled", "theirs"), help="be one process of a side; for this script itself"
+    )
     return parser.parse_args()
 
 
@@ -91,7 +96,10 @@ def ours(options: argparse.Namespace) -> None:
         steps=WARM_UP + options.rounds,
         micro_batch_size=options.micro_batch,
     )
-    engine = Engine(Encoder(backbone(), "mean"), config.optimizer, "fp32", 0, options.batch // options.processes)
+    student = backbone()
+    if options.side == "compiled":
+        student.compile(dynamic=True)
+    engine = Engine(Encoder(student, "mean"), config.optimizer, "fp32", 0, options.batch // options.processes)
     one_file = SimpleNamespace(locate=lambda rows: (np.zeros(len(rows), np.int64), rows))
     batches = np.random.default_rng(0).permutation(count).reshape(-1, options.batch)
     plan = SimpleNamespace(
@@ -220,9 +228,11 @@ def main() -> None:
     options = arguments()
     if options.side:
         dist.init_process_group("gloo")
-        {"ours": ours, "theirs": theirs}[options.side](options)
+        {"ours": ours, "compiled": ours, "theirs": theirs}[options.side](options)
         return
-    sides = {name: Side(name, options.processes) for name in ("ours", "theirs")}
+    sides = {
+        name: Side(name, options.processes) for name in ("ours", *(["compiled"] if options.compile else []), "theirs")
+    }
     for _ in range(WARM_UP):
         for side in sides.values():
             side.step()
@@ -232,18 +242,19 @@ def main() -> None:
         f"student 4x256, {options.processes} processes, batch {options.batch}, micro-batch {options.micro_batch}, "
         f"{SOURCE}, at most {options.query_tokens}/{options.passage_tokens} tokens"
     )
-    print(f"{'round':>6} {'ours, pairs/s':>14} {'theirs, pairs/s':>16}")
+    print(f"{'round':>6}" + "".join(f"{name + ', pairs/s':>18}" for name in sides))
     for number in range(options.rounds):
         for name, side in list(sides.items())[:: 1 if number % 2 else -1]:
             taken, of_data = side.step()
             seconds[name].append(taken)
             if name == "ours":
                 waiting.append(of_data / taken)
-        rates = [options.batch / seconds[name][-1] for name in ("ours", "theirs")]
-        print(f"{number:>6} {rates[0]:>14.1f} {rates[1]:>16.1f}", flush=True)
+        print(f"{number:>6}" + "".join(f"{options.batch / seconds[name][-1]:>18.1f}" for name in sides), flush=True)
     for side in sides.values():
         side.end()
     rates = {name: options.batch / statistics.median(values) for name, values in seconds.items()}
+    if options.compile:
+        print(f"compiled over plain {rates['compiled'] / rates['ours']:.2f}")
     print(
         f"RESULT bench_train ratio={rates['ours'] / rates['theirs']:.2f} ours={rates['ours']:.1f} "
         f"theirs={rates['theirs']:.1f} waiting_fraction={statistics.median(waiting):.4f}"

@@ -15,11 +15,14 @@ class PlainLearner:
     def __init__(self, model):
         self.model = model
         self.num_graphs = 0
+        self.encoded = []
         self.clock = Clock(torch.device("cpu"))
 
     def encode(self, input_ids, attention_mask):
         self.num_graphs += torch.is_grad_enabled()
-        return self.model(input_ids, attention_mask)
+        embedding = self.model(input_ids, attention_mask)
+        self.encoded.append(embedding.detach())
+        return embedding
 
     def backward(self, loss):
         loss.backward()
@@ -33,11 +36,10 @@ def setting(shards, tmp_path, architecture):
     plan = Plan(index, BatchingConfig(strategy="random", global_batch_size=32))
     store = TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, tokenizer.pad_token_id)
 
-    def gradient(micro_batch_size, dropout):
-        student = StudentConfig(
-            architecture={**architecture, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        )
-        learner = PlainLearner(build_student(student, tokenizer, 64, seed=1))
+    def gradient(micro_batch_size, dropout, compiled=False, **changes):
+        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        student = StudentConfig(architecture={**architecture, **rates, **changes})
+        learner = PlainLearner(build_student(student, tokenizer, 64, seed=1, compiled=compiled))
         torch.manual_seed(5)
         batch = store.read(plan.step(1, 2).rows, 0, 1, micro_batch_size)
         measures = accumulate_gradient(learner, batch, LossConfig(temperature=0.05))
@@ -73,6 +75,26 @@ def test_cached_gradient_is_that_of_its_own_dropout(setting):
     assert float(accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]) == pytest.approx(
         float(measures[0]), rel=1e-6
     )
+
+
+SMALLER = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}  # half a minute each to compile
+
+
+def test_a_compiled_student_has_the_same_gradient_and_names(setting):
+    plain, plain_measures, uncompiled, _ = setting(32, 0.0, **SMALLER)
+    cached, measures, learner, _ = setting(7, 0.0, compiled=True, **SMALLER)
+    assert float((cached - plain).norm() / plain.norm()) < 1e-5  # fused kernels round differently
+    torch.testing.assert_close(measures, plain_measures, rtol=1e-5, atol=1e-6)
+    assert list(learner.model.state_dict()) == list(uncompiled.model.state_dict())
+
+
+def test_a_compiled_student_drops_the_same_in_both_passes(setting):
+    _, _, learner, batch = setting(7, 0.3, compiled=True, **SMALLER)
+    half = len(learner.encoded) // 2
+    first, second = (torch.cat(passed) for passed in (learner.encoded[:half], learner.encoded[half:]))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    learner.encode(*batch.query.micro_batches[0])
+    assert float((learner.encoded[-1] - learner.encoded[0]).abs().max()) > 1e-3  # dropout is at work
 
 
 class _Forward(PlainLearner):
