@@ -80,7 +80,7 @@ def family(driver: Driver, title: str = "") -> list[psutil.Process]:
     return found
 
 
-def strike(driver: Driver, victim: str, within_seconds: float) -> bool:
+def strike(driver: Driver, victim: str, mean_seconds: float) -> bool:
     """Kill one of the driver's processes, or itself, at a random moment once it has workers.
 
     Returns:
@@ -93,7 +93,7 @@ def strike(driver: Driver, victim: str, within_seconds: float) -> bool:
         if time.monotonic() > deadline:
             raise SystemExit(f"no worker and no end for {_LIMIT_SECONDS} s")
         time.sleep(0.2)
-    time.sleep(random.uniform(0, within_seconds))
+    time.sleep(random.expovariate(1 / mean_seconds))
     processes = [psutil.Process(driver.pid)] if victim == "driver" else family(driver, TITLES[victim])
     if driver.poll() is not None or not processes:
         return False
@@ -134,7 +134,8 @@ def soak(words: list[str], kills: int, seed: int) -> None:
         began = time.monotonic()
         with running(words, Path(folder) / "undisturbed") as driver:
             assert driver.wait(_LIMIT_SECONDS) == 0
-        within_seconds = (time.monotonic() - began) / 4  # as a rule a run has more than one kill
+        seconds = time.monotonic() - began
+        print(f"undisturbed: {seconds:.0f} s", flush=True)
         expected = {artifact.name: digests(artifact) for artifact in Root(f"{folder}/undisturbed").artifacts()}
 
         def finishes(driver: Driver) -> bool:
@@ -142,7 +143,7 @@ def soak(words: list[str], kills: int, seed: int) -> None:
             fatal = False
             while counts["kills"] < kills and driver.poll() is None and not fatal:
                 victim = victims[counts["kills"]]
-                if strike(driver, victim, within_seconds):
+                if strike(driver, victim, mean_seconds=seconds / 10):
                     counts.update(["kills", f"killed {victim}"])
                     fatal = victim != "worker"
             if fatal:
