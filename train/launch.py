@@ -50,7 +50,7 @@ class Tests(Protocol):
         ...
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        """Score an exported model: rows of schema TESTS without the step."""
+        """Score an exported model: rows of schema TESTS without the step, those of MEAN among them."""
         ...
 
 
