@@ -36,11 +36,15 @@ Driver = subprocess.Popen[bytes]
 
 def prepare(words: list[str], root: str) -> None:
     """All data stages in one driver; this is what gets killed."""
+    import ray
+
     from clusterlib.config import parse_overrides
     from pipelines.run import Run, load_recipe
     from pipelines.stage import ray_session
 
     run = Run(load_recipe(words[0], parse_overrides(words[1:])), Root(root))
+    # Without the dashboard's ten processes, which the data stages do not need, a driver is sooner at work.
+    ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR")
     with ray_session(None):
         for stage in (run.ingest, run.embed, run.cluster, run.shard):
             stage()
