@@ -58,7 +58,9 @@ class TrainConfig(Config):
         False, description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in less memory"
     )
     compile: bool = runtime(
-        False, description="compile the encoder with torch.compile: a minute or more at the start, faster steps"
+        False,
+        description="compile the encoder with torch.compile: a minute or more at the start. On a CPU core a step took "
+        "16% longer with it (tests/benchmarks/RESULTS.md); not measured on a GPU",
     )
     checkpoint_every_steps: int = runtime(500, ge=1)
     checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
