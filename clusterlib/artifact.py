@@ -234,6 +234,22 @@ class Artifact:
             for first in range(0, part.num_rows, num_rows)
         ]
 
+    def blocks(self, num_rows: int) -> list[list[Slice]]:
+        """The artifact's own table cut every `num_rows` rows, across parts."""
+        blocks: list[list[Slice]] = []
+        room = 0
+        for part in self.parts():
+            first = 0
+            while first < part.num_rows:
+                if not room:
+                    blocks.append([])
+                    room = num_rows
+                piece = Slice(part, first, min(room, part.num_rows - first))
+                blocks[-1].append(piece)
+                first += piece.num_rows
+                room -= piece.num_rows
+        return blocks
+
     def read_slice(self, piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a slice; only the row groups that hold them are read."""
         file = self.open_parquet(piece.part)

@@ -58,7 +58,11 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
         return made
     tokenizer = config.tokenizer.load()
     draft = Draft(root, spec)
-    tasks = [Task(piece.id, (file, piece)) for file, piece in enumerate(embeddings.slices(config.block_rows))]
+    # The number of rows is in the id: a block of another size is another block.
+    tasks = [
+        Task(f"{file:06d}-{config.block_rows}", (file, block))
+        for file, block in enumerate(embeddings.blocks(config.block_rows))
+    ]
 
     def publish(receipts: list[Receipt]) -> Artifact:
         with tempfile.TemporaryDirectory() as folder:
@@ -91,12 +95,12 @@ class _Worker:
         self._tokenizer.encode_special_tokens = tokenizer.split_special_tokens
         self._truncation_side = tokenizer.truncation_side
 
-    def __call__(self, work: tuple[int, Slice]) -> Receipt:
-        file, piece = work
+    def __call__(self, work: tuple[int, list[Slice]]) -> Receipt:
+        file, pieces = work
         config = self._config
         embeddings = _EMBEDDINGS if config.teacher_vectors else kmeans.columns(self._field)
         columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *embeddings]
-        table = self._embeddings.read_slice(piece, columns)
+        table = pa.concat_tables([self._embeddings.read_slice(piece, columns) for piece in pieces])
         query, cut_queries = self._tokenize(table["query"], config.query_prompt, config.query_max_tokens)
         passage, cut_passages = self._tokenize(table["passage"], config.passage_prompt, config.passage_max_tokens)
         ids = [table[name] for name in ("pair_id", "source")]
@@ -106,12 +110,12 @@ class _Worker:
             [*ids, leaf, table["query_id"], table["passage_id"], query, passage, *teacher],
             schema=shards_schema(self._token, self._embeddings.stats["width"] if teacher else None),
         )
-        groups, runs = shards.group(block, file)
+        groups, runs = shards.group(block.combine_chunks(), file)
         parts = [
-            self._draft.write("shards", piece.id, block.schema, groups),
-            self._draft.write("index", piece.id, INDEX, [runs]),
+            self._draft.write("shards", f"{file:06d}", block.schema, groups),
+            self._draft.write("index", f"{file:06d}", INDEX, [runs]),
         ]
-        return Receipt(parts, piece.num_rows, stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}})
+        return Receipt(parts, block.num_rows, stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}})
 
     def _leaves(self, table: pa.Table) -> np.ndarray:
         """The nearest leaf of each pair's own source, int32 [rows]."""

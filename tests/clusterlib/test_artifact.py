@@ -60,6 +60,16 @@ def test_slices_cover_the_table_in_order_whatever_their_size(things, tmp_path):
         assert all(piece.num_rows <= size for piece in pieces)
 
 
+def test_blocks_cover_the_table_in_order_and_all_but_the_last_are_of_one_size(things, tmp_path):
+    artifact = things.publish(tmp_path, bounds=((0, 10), (10, 10), (10, 17)))
+    for size in range(1, 20):
+        blocks = artifact.blocks(size)
+        rows = [row for block in blocks for piece in block for row in artifact.read_slice(piece)["x"].to_pylist()]
+        assert rows == list(range(17))
+        sizes = [sum(piece.num_rows for piece in block) for block in blocks]
+        assert set(sizes[:-1]) <= {size} and 1 <= sizes[-1] <= size
+
+
 def test_root_that_cannot_be_written_is_refused(things, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StrataError, match="cannot be written"):
