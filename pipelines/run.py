@@ -24,7 +24,7 @@ from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
 from train.data import shard_index
-from train.launch import model_spec, train
+from train.launch import model_spec, teacher_settings, train
 from train.loop import TrainConfig
 from train.model import ModelRef
 from tune.search import Outcome, search
@@ -59,6 +59,13 @@ class RunConfig(Config):
                 f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; name some in "
                 "evaluate.tests or evaluate.tasks"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_teacher(self) -> Self:
+        for setting in teacher_settings(self.train, self.batching):
+            if not self.shard.teacher_vectors:
+                raise ValueError(f"{setting} needs the teacher's vectors; set shard.teacher_vectors=true")
         return self
 
     def arm_configs(self) -> dict[str, RunConfig]:

@@ -33,7 +33,7 @@ class ShardConfig(Config):
     passage_prompt: str = Field("", description="put before each passage")
     query_max_tokens: int = Field(..., ge=3, description="longer queries are cut")
     passage_max_tokens: int = Field(..., ge=3, description="longer passages are cut")
-    teacher_vectors: bool = Field(False, description="carry the teacher's vectors along, for the loss to filter by")
+    teacher_vectors: bool = Field(False, description="carry the teacher's vectors along, to filter and mine by")
 
     block_rows: int = runtime(65_536, ge=1, description="rows a task sorts in memory and writes as one file")
 

@@ -96,7 +96,7 @@ def train(
         )
     architecture = student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
     config.loss.check_width(architecture.hidden_size)
-    for setting in _teacher_settings(config, batching):
+    for setting in teacher_settings(config, batching):
         check_teacher(shards, setting)
     draft = Draft(root, spec)
     receipt = draft.receipt(EXPORT)
@@ -150,7 +150,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     device = ray.train.torch.get_device()
 
-    cache_dir, teacher = Path(config.cache_dir), bool(_teacher_settings(config, batching))
+    cache_dir, teacher = Path(config.cache_dir), bool(teacher_settings(config, batching))
     writes_cache = context.get_local_rank() == 0
     if writes_cache:
         cache_shards(shards, cache_dir, teacher)
@@ -241,7 +241,7 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
     draft.commit(EXPORT, Receipt(parts, stats=stats))
 
 
-def _teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]:
+def teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]:
     """Settings that need the teacher's vectors."""
     settings = ["train.loss.teacher_margin"] if config.loss.teacher_margin is not None else []
     if any(phase.strategy == "neighbors" for phase in batching.schedule()):

@@ -44,6 +44,8 @@ def test_unknown_settings_recipes_and_artifacts(recipe, tmp_path):
     refused(strata("run", recipe, "train.stepz=5", "--root", tmp_path), "did you mean train.steps?")
     refused(strata("run", recipe, "arms.cluster={batching.kk: 2}", "--root", tmp_path), "arms.cluster", "batching.k?")
     refused(strata("run", "no-such", "--root", tmp_path), "no such recipe", "demo", "msmarco")
+    mined = "arms.cluster={batching.strategy: neighbors}"
+    refused(strata("run", recipe, mined, "--root", tmp_path), "arms.cluster", "set shard.teacher_vectors=true")
     nothing = ["train.test_every_steps=2", "evaluate.tests=[]"]
     refused(strata("run", recipe, *nothing, "--root", tmp_path), "train.test_every_steps=2 has nothing to test on")
     refused(strata("inspect", "pairs", "--root", tmp_path), "no finished artifact", "none")
