@@ -87,6 +87,7 @@ def ours(options: argparse.Namespace) -> None:
     from train.loss import LossConfig
     from train.model import Encoder
 
+    dist.init_process_group("gloo")
     tokens = tokenized(options)
     count = len(tokens["query"])
     config = TrainConfig(
@@ -148,6 +149,7 @@ def theirs(options: argparse.Namespace) -> None:
         gather_across_devices=options.processes > 1,
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    dist.init_process_group("gloo")  # not sooner: of several ranks only the first would have saved the student
     share = options.batch // options.processes
     batches = np.random.default_rng(0).permutation(len(tokens["query"])).reshape(-1, options.processes, share)
     ready()
@@ -227,7 +229,6 @@ class Side:
 def main() -> None:
     options = arguments()
     if options.side:
-        dist.init_process_group("gloo")
         {"ours": ours, "compiled": ours, "theirs": theirs}[options.side](options)
         return
     sides = {
