@@ -6,6 +6,7 @@ as a file that all its ranks map.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -68,7 +69,9 @@ class Miner:
                     f"delete this folder, and the run starts anew"
                 )
             receipt = self._mine(mining, name)
-        path = self.cache_dir.expanduser() / f"{self.draft.spec.fingerprint}-{name}.npy"
+        # By content: what an earlier try at this run left on a node may be of other weights.
+        digest = hashlib.sha256("".join(part.sha256 for part in receipt.parts).encode()).hexdigest()[:12]
+        path = self.cache_dir.expanduser() / f"{self.draft.spec.fingerprint}-{name}-{digest}.npy"
         if self.writes_cache:
             self._copy(receipt, path)
         _wait()
