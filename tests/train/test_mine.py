@@ -1,12 +1,20 @@
 """Mining against a search spelled out row by row, and the share of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from clusterlib.artifact import Spec
+from clusterlib.draft import Draft, Receipt
 from clusterlib.neighbors import NOBODY, NeighborsConfig
+from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.strata import Stratum
-from train.mine import nearest, share
+from clusterlib.tables import fixed_size_list, neighbors_schema
+from train.data import TokenStore, cache_shards, shard_index
+from train.mine import Miner, nearest, share
 
 
 def spelled_out(query, passage, query_id, passage_id, config):
@@ -63,3 +71,25 @@ def test_ranks_share_clusters_evenly_and_in_order(num_ranks):
     assert [cluster for mine in shares for cluster in mine] == clusters
     costs = [sum(cluster.num_rows**2 for cluster in mine) for mine in shares]
     assert max(costs) <= sum(costs) / num_ranks + 300**2
+
+
+def test_a_node_does_not_use_the_table_of_an_earlier_try(make_shards, tmp_path):
+    artifact, _ = make_shards(tmp_path / "root", teacher_width=6)
+    index = shard_index(artifact)
+    neighbors = {"per_seed": 2, "last_rank": 4, "margin": -1}
+    plan = Plan(index, BatchingConfig(strategy="neighbors", k=2, global_batch_size=24, neighbors=neighbors))
+    store = TokenStore(cache_shards(artifact, tmp_path / "cache", True), index, 0)
+    draft = Draft(artifact.root, Spec("model", 1, {}))
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    miner = Miner(draft, tmp_path / "cache", plan, store, engine, 8, writes_cache=True)
+    mining = plan.mining(0, 10)
+    first = np.array(miner(mining, 0))
+    assert first.shape == (240, 4) and first.max() < 240
+
+    schema = neighbors_schema(4)
+    other = pa.Table.from_arrays([fixed_size_list(first[::-1])], schema=schema)
+    draft.commit("neighbors-000000000", Receipt([draft.write("neighbors", "other", schema, [other])]))
+    np.testing.assert_array_equal(miner(mining, 3), first[::-1])
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    miner.forget()
+    assert not list((tmp_path / "cache").glob("*.npy"))
