@@ -79,7 +79,7 @@ def distinct_pairs(source: str, num_rows: int, folder: Path) -> Artifact:
     path = folder / f"{source}.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     inputs = [InputConfig(source=source, format="parquet", path=str(path))]
-    return ingest(IngestConfig(inputs=inputs), [], ".", Root(str(folder / "pairs")))
+    return ingest(IngestConfig(inputs=inputs), [], Root(str(folder / "pairs")))
 
 
 def run(pairs: Artifact, root: Root, num_rows: int) -> Artifact:
