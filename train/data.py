@@ -37,10 +37,13 @@ class _Ragged:
         self.offsets = column.offsets.to_numpy()
         self.values = column.values.to_numpy()
 
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]; values are not touched."""
+        return self.offsets[rows + 1].astype(np.int64) - self.offsets[rows]
+
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values of the rows, one after the other, and the length of each."""
-        starts = self.offsets[rows].astype(np.int64)
-        lengths = self.offsets[rows + 1] - starts
+        starts, lengths = self.offsets[rows].astype(np.int64), self.lengths(rows)
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
         return self.values[positions], lengths
@@ -76,6 +79,7 @@ class RankBatch:
 
     Attributes:
         rows: int64 [b], their numbers in leaf order.
+        num_tokens: of the global batch, over all ranks.
     """
 
     rows: np.ndarray
@@ -158,6 +162,30 @@ def _pairs(pieces: Sequence[tuple[_File, np.ndarray]], columns: Sequence[str]) -
     )
 
 
+def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The rank of each row, so that ranks have as many rows as each other, or one more, and about as many tokens.
+
+    Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so far: so two ranks
+    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992, Asymptotic analysis of an
+    algorithm for balanced parallel processor scheduling, SIAM J. Comput. 21.)
+
+    Args:
+        lengths: int64 [B], tokens of each row.
+
+    Returns:
+        int64 [B].
+    """
+    ranks = np.empty(len(lengths), np.int64)
+    num_tokens = np.zeros(num_ranks, np.int64)
+    by_length = np.argsort(-lengths, kind="stable")
+    for first in range(0, len(lengths), num_ranks):
+        taken = by_length[first : first + num_ranks]
+        takers = np.argsort(num_tokens, kind="stable")[: len(taken)]
+        ranks[taken] = takers
+        num_tokens[takers] += lengths[taken]
+    return ranks
+
+
 class TokenStore:
     """Reads planned rows from the folder that `cache_shards` made.
 
@@ -176,20 +204,34 @@ class TokenStore:
                 self._files[int(path.stem)] = _File(reader.get_batch(0))
 
     def read(self, rows: np.ndarray, rank: int, num_ranks: int, micro_batch_size: int) -> RankBatch:
-        """The share of a global batch that `rank` works on.
+        """The share of a global batch that `rank` works on: as many pairs as any other's, with about as many tokens.
+
+        Every rank deals the whole batch by the lengths alone, so all come to the same shares without a word. The
+        order of a batch does not matter to the loss, so a share is in file order, which reads best.
 
         Args:
-            rows: int64 [B], numbers in leaf order; B is a multiple of `num_ranks`. Their order does not
-                matter to the loss, so ranks share them out in file order, which reads best.
+            rows: int64 [B], numbers in leaf order.
+
+        Raises:
+            StrataError: B is no multiple of `num_ranks`.
         """
+        if len(rows) % num_ranks:
+            raise StrataError(
+                f"a batch of {len(rows)} pairs cannot be shared out evenly over {num_ranks} ranks; set "
+                "train.num_workers to a divisor of batching.global_batch_size"
+            )
         order, files, file_rows = self._in_file_order(rows)
-        share = len(rows) // num_ranks
-        mine = slice(rank * share, (rank + 1) * share)
+        lengths = np.concatenate(
+            [
+                file.query_tokens.lengths(rows) + file.passage_tokens.lengths(rows)
+                for file, rows in self._pieces(files, file_rows)
+            ]
+        )
+        mine = np.flatnonzero(deal(lengths, num_ranks) == rank)
         pieces = self._pieces(files[mine], file_rows[mine])
-        query, query_tokens = self._side([(file.query_tokens, rows) for file, rows in pieces], micro_batch_size)
-        passage, passage_tokens = self._side([(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size)
-        pairs = _pairs(pieces, self._columns)
-        return RankBatch(rows[order[mine]], query, passage, pairs, query_tokens + passage_tokens)
+        query = self._side([(file.query_tokens, rows) for file, rows in pieces], micro_batch_size)
+        passage = self._side([(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size)
+        return RankBatch(rows[order[mine]], query, passage, _pairs(pieces, self._columns), int(lengths.sum()))
 
     def pairs(self, rows: np.ndarray) -> Pairs:
         """Ids and the teacher's vectors of rows given by their numbers in leaf order, in the order given."""
@@ -208,8 +250,8 @@ class TokenStore:
         edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
         return [(self._files[int(files[start])], file_rows[start:stop]) for start, stop in itertools.pairwise(edges)]
 
-    def _side(self, pieces: Sequence[tuple[_Ragged, np.ndarray]], size: int) -> tuple[Side, int]:
-        """Micro-batches of `size` rows, longest rows first, and the number of tokens."""
+    def _side(self, pieces: Sequence[tuple[_Ragged, np.ndarray]], size: int) -> Side:
+        """Micro-batches of `size` rows, longest rows first."""
         taken = [column.take(rows) for column, rows in pieces]
         values = np.concatenate([values for values, _ in taken])
         lengths = np.concatenate([lengths for _, lengths in taken])
@@ -226,4 +268,4 @@ class TokenStore:
             micro_batches.append((torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))))
         places = np.empty(len(lengths), np.int64)
         places[by_length] = np.arange(len(lengths))
-        return Side(micro_batches, torch.from_numpy(places)), len(values)
+        return Side(micro_batches, torch.from_numpy(places))

@@ -172,7 +172,7 @@ def fit(
                 **as_record(measures),
                 "learning_rate": learning_rate,
                 "gradient_norm": gradient_norm,
-                "num_tokens": batch.num_tokens * num_ranks,
+                "num_tokens": batch.num_tokens,
                 **{f"{part}_seconds": seconds for part, seconds in engine.clock.seconds().items()},
                 "step_seconds": time.perf_counter() - started,
             }
