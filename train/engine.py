@@ -24,10 +24,10 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(..., gt=0, description="peak, after warmup")
     schedule: Literal["linear", "cosine", "wsd"] = Field(
         "linear",
-        description="how it falls to 0 at the last step; wsd stays at the peak and falls linearly over the last "
+        description="how it falls towards 0, which the step after the last would have; wsd stays at the peak and falls linearly over the last "
         "decay_fraction (warmup-stable-decay, arXiv 2404.06395)",
     )
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of the steps, rising linearly from 0")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of the steps, rising linearly; the first is above 0")
     decay_fraction: float = Field(0.1, gt=0, le=1, description="of the steps, for wsd")
     weight_decay: float = Field(0.01, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -44,7 +44,7 @@ class OptimizerConfig(Config):
         """The learning rate of a step: a pure function, so a resumed run needs no schedule state."""
         warmup = int(self.warmup_fraction * num_steps)
         if step < warmup:
-            return self.learning_rate * step / warmup
+            return self.learning_rate * (step + 1) / (warmup + 1)  # the first step learns too, as torchtitan's
         falling = num_steps - warmup
         if self.schedule == "wsd":
             falling = min(falling, max(1, int(self.decay_fraction * num_steps)))
