@@ -67,7 +67,8 @@ STEPS = pa.schema(
         ("positive_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),  # positives of a query by similarity
         ("negative_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),  # unmasked negatives of a query
         ("learning_rate", pa.float64()),
-        ("gradient_norm", pa.float64()),
+        ("gradient_norm", pa.float64()),  # before clipping
+        ("skipped", pa.bool_()),  # the norm is not finite, so no weight changed
         ("num_tokens", pa.int64()),  # of the global batch, padding left out
         ("step_seconds", pa.float64()),  # rank 0's, as are its parts below
         ("mining_seconds", pa.float64()),  # mining or fetching neighbours, before the steps that need others

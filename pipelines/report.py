@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from clusterlib import kmeans
@@ -173,6 +174,7 @@ def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
                 "num_strata": ", ".join(f"{phase['total']['num_strata']:,}" for phase in stats["phases"]),
                 **{name: batching[name] for name in ("leftover", "global_batch_size")},
                 "num_steps": stats["num_steps"],
+                "num_skipped_steps": stats["num_skipped_steps"],
                 "kept_step": stats["kept_step"],
                 "num_parameters": stats["num_parameters"],
                 "pairs_per_second": pairs / stats["train_seconds"],
@@ -228,11 +230,14 @@ def _draw_tests(models: Mapping[str, Artifact], colors: Mapping[str, str], axes:
 def _draw_steps(steps: Mapping[str, pa.Table], column: str, colors: Mapping[str, str], axes: Any) -> None:
     """One line for each arm, smoothed over 5% of the run."""
     for arm, table in steps.items():
-        values = table[column].to_numpy()
+        table = table.filter(pc.is_finite(table[column]))  # a skipped step may have none
+        if not table.num_rows:
+            continue
+        at, values = table["step"].to_numpy(), table[column].to_numpy()
         window = max(1, len(values) // 20)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(table["step"].to_numpy(), values, color=colors[arm], alpha=0.18, linewidth=0.7)
-        axes.plot(np.arange(len(smooth)) + window - 1, smooth, color=colors[arm], linewidth=1.8, label=arm)
+        axes.plot(at, values, color=colors[arm], alpha=0.18, linewidth=0.7)
+        axes.plot(at[window - 1 :], smooth, color=colors[arm], linewidth=1.8, label=arm)
 
 
 def _svg(draw: Callable[[Any], None]) -> str:

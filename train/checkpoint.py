@@ -51,7 +51,7 @@ def load(folder: Path, engine: Engine, rank: int) -> Progress:
     if rank == 0:
         progress.tests = pq.read_table(folder / _TESTS).to_pylist()
         progress.best = load_file(folder / _BEST)
-    engine.restore(load_file(folder / _STATE), progress.step)
+    engine.restore(load_file(folder / _STATE), progress.step - progress.num_skipped)
     return progress
 
 

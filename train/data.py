@@ -166,8 +166,8 @@ def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
     """The rank of each row, so that ranks have as many rows as each other, or one more, and about as many tokens.
 
     Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so far: so two ranks
-    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992, Asymptotic analysis of an
-    algorithm for balanced parallel processor scheduling, SIAM J. Comput. 21.)
+    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992, Asymptotic analysis of
+    an algorithm for balanced parallel processor scheduling, SIAM J. Comput. 21.)
 
     Args:
         lengths: int64 [B], tokens of each row.

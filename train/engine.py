@@ -16,6 +16,7 @@ from train.clock import Clock
 from train.model import Encoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
+_BUCKET_WEIGHTS = 50_000_000  # reduced at once, 200 MB; more at once is no faster
 
 
 class OptimizerConfig(Config):
@@ -24,8 +25,8 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(..., gt=0, description="peak, after warmup")
     schedule: Literal["linear", "cosine", "wsd"] = Field(
         "linear",
-        description="how it falls towards 0, which the step after the last would have; wsd stays at the peak and falls linearly over the last "
-        "decay_fraction (warmup-stable-decay, arXiv 2404.06395)",
+        description="how it falls, to 0 one step after the last; wsd stays at the peak and falls linearly over the "
+        "last decay_fraction (warmup-stable-decay, arXiv 2404.06395)",
     )
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="of the steps, rising linearly; the first is above 0")
     decay_fraction: float = Field(0.1, gt=0, le=1, description="of the steps, for wsd")
@@ -55,11 +56,12 @@ class OptimizerConfig(Config):
 class Engine:
     """One rank's part of the student under DeepSpeed, with ZeRO 0, 1 or 2.
 
-    Gradients add up over `backward` calls; `step` reduces them over ranks and updates the weights.
+    Gradients add up over `backward` calls; `step` reduces them over ranks, in float32 whatever the precision, and
+    updates the weights.
 
     Attributes:
         model: the student; its weights are whole on every rank.
-        device: where batches must be.
+        device: the student's, where batches must be.
         clock: `step` marks "reduce" and "optimizer" on it.
     """
 
@@ -71,11 +73,14 @@ class Engine:
         zero_stage: int,
         rank_batch_size: int,
     ) -> None:
-        deepspeed = _deepspeed()
-        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self.device = next(model.parameters()).device
+        deepspeed = _deepspeed(self.device)
         self.clock = Clock(self.device)
         decayed = [weight for weight in model.parameters() if weight.ndim > 1]
         plain = [weight for weight in model.parameters() if weight.ndim <= 1]
+        sizes = [weight.numel() for weight in model.parameters()]
+        # By default buckets take 2 GB whatever the student; smaller than a weight, that weight would go past them.
+        bucket_size = max(*sizes, min(sum(sizes), _BUCKET_WEIGHTS))
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -88,8 +93,10 @@ class Engine:
         if zero_stage == 0:
 
             def clip(*_: Any) -> None:
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-                self._norm = float(norm)
+                self._norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm))
+                if not math.isfinite(self._norm):
+                    # AdamW passes over weights without a gradient; ZeRO leaves such an update out by itself.
+                    self._optimizer.zero_grad(set_to_none=True)
 
             self._optimizer.register_step_pre_hook(clip)
         self._optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimizer"))
@@ -103,11 +110,23 @@ class Engine:
                 # `backward` only adds up, and `step` reduces: what GradCache needs.
                 "managed_gradient_accumulation": False,
                 "gradient_clipping": config.max_gradient_norm if zero_stage else 0.0,
-                "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+                "zero_optimization": {
+                    "stage": zero_stage,
+                    "overlap_comm": False,
+                    "reduce_bucket_size": bucket_size,
+                    "allgather_bucket_size": bucket_size + bucket_size % 2,  # DeepSpeed wants it even
+                },
                 "zero_allow_untested_optimizer": True,
-                # Weights stay float32: what is exported is what was trained.
-                "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+                # Weights stay float32: what is exported is what was trained. ZeRO would reduce the gradients of the
+                # modules listed here in bf16; autocast does not look at the list.
+                "torch_autocast": {
+                    "enabled": precision == "bf16",
+                    "dtype": "bfloat16",
+                    "lower_precision_safe_modules": [],
+                },
                 "steps_per_print": None,
+                # It would wait for the GPU in every forward pass.
+                "timers": {"throughput": {"enabled": False}},
             },
         )
         self.model: Encoder = self._engine.module
@@ -131,10 +150,11 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> float:
-        """Reduce, clip, update.
+        """Reduce, clip, update; a gradient that is not finite changes nothing.
 
         Returns:
-            The gradient's norm before clipping.
+            The gradient's norm before clipping, the same on all ranks. Where it is not finite, the update was left
+            out: weights and moments are as they were.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -180,9 +200,9 @@ class Engine:
             self._zero.refresh_fp32_params()
 
 
-def _deepspeed() -> Any:
-    # Told, DeepSpeed neither searches for accelerators nor warns that it found none.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def _deepspeed(device: torch.device) -> Any:
+    # What was asked for, which need not be what DeepSpeed would find: Ray hides no GPU from ranks that have none.
+    os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed.ops
 
     # init_distributed would compile this op, which takes a minute and needs g++; training never uses it.

@@ -6,14 +6,17 @@ import dataclasses
 import logging
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -58,8 +61,8 @@ def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str, tests
     """What a trained model is made from; `shards` is a fingerprint."""
     settings, inputs = {"train": config, "batching": batching}, {"shards": shards}
     if config.test_every_steps and tests:
-        return Spec("model", 2, {**settings, **tests.content()}, inputs, tests.origin())
-    return Spec("model", 2, settings, inputs)
+        return Spec("model", 3, {**settings, **tests.content()}, inputs, tests.origin())
+    return Spec("model", 3, settings, inputs)
 
 
 def train(
@@ -81,7 +84,8 @@ def train(
         are tests in the loop, `tests`.
 
     Raises:
-        StrataError: the settings do not fit the shards or each other.
+        StrataError: the settings do not fit the shards or each other; a rank failed in a way that would come again;
+            more workers or nodes were lost than `config.max_failures`.
     """
     spec = model_spec(config, batching, shards.fingerprint, tests)
     made = root.find(spec)
@@ -130,25 +134,117 @@ def _fit(
             storage_filesystem=draft.root.fs,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
+            callbacks=[_Failures(name, config.max_failures)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, StrataError):
+            raise error.controller_failure from None
+        raise StrataError(f"train {name}: Ray Train could not run: {_first_line(error.controller_failure)}") from error
+    except ray.train.WorkerGroupError as error:
+        raise StrataError(
+            f"train {name}: gave up after {config.max_failures} new starts (train.max_failures); "
+            f"{_describe(error.worker_failures)}. The same command goes on from the latest checkpoint"
+        ) from error
+
+
+class _Failures(ray.train.UserCallback):
+    """Ends the run when a rank failed in a way that would come again; by itself, Ray Train tries all failures again.
+
+    It lives in Ray Train's controller, which takes down the ranks that wait for the failed one.
+    """
+
+    def __init__(self, name: str, max_failures: int) -> None:
+        self._name = name
+        self._max_failures = max_failures
+        self._num_failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for _, error in sorted(worker_exceptions.items()):
+            if isinstance(error, StrataError):
+                raise ray.train.ControllerError(error)  # of all errors, the one that is neither retried nor logged
+        self._num_failures += 1
+        if self._num_failures <= self._max_failures:
+            print(
+                f"train {self._name}: {_describe(worker_exceptions)}; starting again from the latest checkpoint, "
+                f"{self._num_failures} of {self._max_failures} times (train.max_failures)",
+                flush=True,
+            )
+
+
+def _describe(failures: Mapping[int, Exception]) -> str:
+    """What happened to the first rank that was lost; where none was, to the first that failed."""
+    rank = min(failures, key=lambda rank: (not _is_lost(failures[rank]), rank))
+    return f"rank {rank} " + ("was lost" if _is_lost(failures[rank]) else f"failed: {_first_line(failures[rank])}")
+
+
+def _is_lost(error: Exception) -> bool:
+    return type(error).__name__.startswith("WorkerHealthCheck")  # Ray Train's, which are not public
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'it says no more')}"
+
+
+def will_come_again(error: BaseException) -> bool:
+    """Whether a new start would end in the same error: bad input, a bug, too little memory.
+
+    Others come of machines: another rank that is lost, storage that cannot be reached, a GPU that fails.
+    """
+    if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
+        return True
+    if isinstance(error, (OSError, ray.exceptions.RayError, torch.AcceleratorError, dist.DistError)):
+        return False
+    # Where gloo cannot reach a rank it raises a RuntimeError like any other; only the place tells.
+    places = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return not (isinstance(error, RuntimeError) and any(place.startswith("torch.distributed.") for place in places))
 
 
 def _worker(settings: Mapping[str, Any]) -> None:
-    """What each rank runs."""
+    """What each rank runs.
+
+    Raises:
+        StrataError: this rank failed in a way that would come again.
+    """
+    # Ray Train and DeepSpeed log their inner life; rank 0 and the driver say what matters.
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    try:
+        _learn(settings)
+    except StrataError:
+        raise
+    except Exception as error:
+        if not will_come_again(error):
+            raise
+        draft: Draft = settings["draft"]
+        rank = ray.train.get_context().get_world_rank()
+        part = draft.write_bytes("errors", f"errors/rank-{rank}.txt", traceback.format_exc().encode())
+        remedy = "; lower train.micro_batch_size, which changes no result" if _is_out_of_memory(error) else ""
+        raise StrataError(
+            f"train {settings['name']}: rank {rank} failed: {_first_line(error)}{remedy}; "
+            f"its traceback is in {draft.path}/{part.path}"
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch has no type of its own for it.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _learn(settings: Mapping[str, Any]) -> None:
+    """A rank's work, from reading the shards to the last step."""
     config: TrainConfig = settings["config"]
     batching: BatchingConfig = settings["batching"]
     shards: Artifact = settings["shards"]
     draft: Draft = settings["draft"]
     tests: Tests = settings["tests"]
-    # Ray Train and DeepSpeed log their inner life; rank 0 says below what matters.
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.WARNING)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    device = ray.train.torch.get_device()
+    device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
 
     cache_dir, teacher = Path(config.cache_dir), bool(teacher_settings(config, batching))
     writes_cache = context.get_local_rank() == 0
@@ -210,7 +306,8 @@ def _worker(settings: Mapping[str, Any]) -> None:
                 checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
-    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint, on_test)
+    checkpoints = f"{draft.path}/{_CHECKPOINTS}"
+    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint, on_test, checkpoints)
     miner.forget()
     if rank == 0:
         _finish(draft, shards, engine, tokenizer, plan, progress)
@@ -232,6 +329,7 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
         parts.append(draft.write("tests", "tests", TESTS, [pa.Table.from_pylist(progress.tests, schema=TESTS)]))
     stats = {
         "num_steps": progress.step,
+        "num_skipped_steps": progress.num_skipped,
         "kept_step": kept_step,
         "num_parameters": sum(weight.numel() for weight in engine.model.parameters()),
         "phases": [dataclasses.asdict(phase) for phase in summarize(plan, progress.step)],
@@ -308,10 +406,16 @@ class _Log:
     def on_step(self, progress: Progress) -> None:
         self._track(progress.step, _scalars(progress.records[-1], self._batch_size))
         now = time.monotonic()
+        last = progress.records[-1]
+        if self._loud and last["skipped"]:
+            print(
+                f"train step {progress.step}/{self._num_steps} skipped: its gradient is not finite (loss "
+                f"{last['loss']:.3f}, stratum {last['stratum']}); {progress.num_skipped} skipped so far",
+                flush=True,
+            )
         if not self._loud or (now < self._next and progress.step < self._num_steps):
             return
         self._next = now + _LOG_SECONDS
-        last = progress.records[-1]
         rate = (progress.step - self._first) / (now - self._since)
         left = (self._num_steps - progress.step) / rate
         print(

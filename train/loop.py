@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from clusterlib.config import Config, runtime
+from clusterlib.errors import StrataError
 from clusterlib.plan import Mining, Plan
 from clusterlib.tables import MEAN
 from train.data import TokenStore
@@ -65,6 +68,12 @@ class TrainConfig(Config):
     checkpoint_every_steps: int = runtime(500, ge=1)
     checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
     max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")
+    max_skipped_steps: int = runtime(
+        10,
+        ge=1,
+        description="steps in a row after which the run gives up, where each has a gradient that is not finite; such a "
+        "step changes no weight, is recorded as skipped and counts as a step of the plan",
+    )
     cache_dir: str = runtime("~/.cache/strata/tokens", description="folder for tokens on each node's own disk")
     trackers: list[TrackerName] = runtime([], description="where rank 0 sends what each step and test measures")
     tensorboard_dir: str = runtime(
@@ -111,6 +120,16 @@ class Progress:
     def step(self) -> int:
         return len(self.records)
 
+    @property
+    def num_skipped(self) -> int:
+        """Steps that changed no weight."""
+        return sum(record["skipped"] for record in self.records)
+
+    @property
+    def num_skipped_last(self) -> int:
+        """Of them, those in a row at the end."""
+        return sum(1 for _ in itertools.takewhile(lambda record: record["skipped"], reversed(self.records)))
+
     def means(self) -> dict[int, float]:
         """Mean NDCG@10 over the tasks, by the step of the test."""
         rows = [row for row in self.tests if row["task"] == MEAN and row["metric"] == "ndcg_at_10"]
@@ -133,19 +152,26 @@ def fit(
     on_step: Callable[[Progress], None],
     on_checkpoint: Callable[[Progress], None],
     on_test: Callable[[Progress], None] = lambda _: None,
+    checkpoints: str = "",
 ) -> None:
     """Train from `progress` to the last step; every rank calls it.
 
     Args:
         mine: gives the table of neighbours for a step; see train.mine.Miner.
         on_step: called on every rank after each step.
-        on_checkpoint: called on every rank when a checkpoint is due, and after the last step.
+        on_checkpoint: called on every rank when a checkpoint is due, and after the last step; a skipped step has
+            none, for the weights may be what is wrong.
         on_test: called on every rank when a test is due, before the checkpoint that is to hold its scores.
+        checkpoints: where they are, for people.
+
+    Raises:
+        StrataError: on every rank, when `config.max_skipped_steps` in a row had a gradient that is not finite.
     """
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_steps = config.num_steps(plan)
     mining: Mining | None = None
     neighbors: np.ndarray | None = None
+    saved, good = progress.step, 0  # steps of checkpoints: the latest, and that whose weights are known to work
     for step in range(progress.step, num_steps):
         started = time.perf_counter()
         engine.clock.start()
@@ -172,14 +198,25 @@ def fit(
                 **as_record(measures),
                 "learning_rate": learning_rate,
                 "gradient_norm": gradient_norm,
+                "skipped": not math.isfinite(gradient_norm),
                 "num_tokens": batch.num_tokens,
                 **{f"{part}_seconds": seconds for part, seconds in engine.clock.seconds().items()},
                 "step_seconds": time.perf_counter() - started,
             }
         )
         on_step(progress)
+        skipped = progress.num_skipped_last
+        good = good if skipped else saved
+        if skipped >= config.max_skipped_steps:
+            last_good = f"step {good} in {checkpoints}" if good else "none"
+            raise StrataError(
+                f"train step {progress.step}, stratum {planned.label}: the gradient is not finite, {skipped} times in "
+                f"a row (train.max_skipped_steps); last good checkpoint: {last_good}. The same settings would end here "
+                "again: lower train.optimizer.learning_rate, or look for what is odd in these pairs"
+            )
         is_last = progress.step == num_steps
         if config.test_every_steps and (progress.step % config.test_every_steps == 0 or is_last):
             on_test(progress)
-        if progress.step % config.checkpoint_every_steps == 0 or is_last:
+        if is_last or (progress.step % config.checkpoint_every_steps == 0 and not skipped):
             on_checkpoint(progress)
+            saved = progress.step

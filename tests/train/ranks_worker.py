@@ -30,6 +30,11 @@ def weights(engine):
     return torch.cat([weight.detach().float().ravel() for weight in engine.model.parameters()])
 
 
+def whole_state(engine):
+    """Weights and moments as one tensor; nothing on ranks but the first."""
+    return torch.cat([torch.empty(0), *(part.ravel() for part in engine.state().values())])
+
+
 def count_reductions(monitored):
     """Make every reduction over ranks add its number of elements to `monitored`, but for single numbers."""
 
@@ -76,6 +81,59 @@ def keep_gradient(engine, monitored):
     return kept
 
 
+def count_synchronisations():
+    """A list that gets an item whenever DeepSpeed makes the device wait."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, counted = get_accelerator(), []
+    synchronize = accelerator.synchronize
+
+    def counting(*arguments):
+        counted.append(None)
+        return synchronize(*arguments)
+
+    accelerator.synchronize = counting
+    return counted
+
+
+def bucket_sizes(engine):
+    """A list of the bytes that ZeRO's buckets take whenever they are made."""
+    sizes = []
+    if engine._zero:
+        set_up = engine._zero.setup_buckets
+
+        def watched():
+            set_up()
+            buckets = engine._zero.ipg_buckets.values()
+            sizes.append(sum(buffer.nbytes for bucket in buckets for buffer in bucket.buffer))
+
+        engine._zero.setup_buckets = watched
+    return sizes
+
+
+def break_gradient(engine, rank):
+    """Make a gradient of the last rank alone that is not finite, and take the step."""
+    break_step(engine, 0, rank)
+    ids = torch.tensor([[2, 50, 3]])
+    engine.backward(engine.encode(ids, torch.ones_like(ids)).sum())
+    return engine.step(1e-3)
+
+
+def break_step(engine, number, rank):
+    """Make the last rank's gradient infinite in a step that is to come."""
+    backward, step, taken = engine.backward, engine.step, []
+
+    def breaking(loss):
+        here = len(taken) == number and rank == dist.get_world_size() - 1
+        backward(loss * float("inf") if here else loss)
+
+    def counting(learning_rate):
+        taken.append(None)
+        return step(learning_rate)
+
+    engine.backward, engine.step = breaking, counting
+
+
 def score(model, tokenizer):
     """A number that all weights of the exported model have a part in, found in a way that changes all that a test
     in the loop could."""
@@ -92,6 +150,7 @@ def main():
     settings = json.loads(Path(sys.argv[1]).read_text())
     reduced = []
     count_reductions(reduced)
+    synchronized = count_synchronisations()
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     shards = Root(settings["root"]).open(settings["shards"], "make it")
@@ -116,6 +175,10 @@ def main():
         config = TrainConfig.model_validate(case)
         engine = build(config)
         batch = store.read(plan.step(0, 1).rows, rank, num_ranks, config.micro_batch_size)
+        sizes = bucket_sizes(engine)
+        before = whole_state(engine)
+        broken = break_gradient(engine, rank) if name.startswith("broken") else None
+        after = whole_state(engine)
         torch.manual_seed(0)
         in_backward = count_in_backward(engine, reduced)
         measures = accumulate_gradient(engine, batch, config.loss)
@@ -129,6 +192,9 @@ def main():
             "dtype": str(next(engine.model.parameters()).dtype),
             "num_reduced": sum(in_backward) + kept[0] - before_step,
             "num_parameters": len(kept[1]),
+            "bucket_bytes": max(sizes, default=0),
+            "broken": broken,
+            "states": (before, after, whole_state(engine)),
         }
         if rank == 0:
             torch.save(found, f"{settings['out']}/{name}-{num_ranks}.pt")
@@ -141,6 +207,9 @@ def main():
         miner = Miner(draft, Path(settings["cache"]), planned, store, engine, config.micro_batch_size, rank == 0)
         progress = checkpoint.load(Path(run["load"]), engine, rank) if run["load"] else Progress()
         started_at = progress.step
+        if run.get("break_step", -1) >= started_at:
+            break_step(engine, run["break_step"] - started_at, rank)
+        synchronized.clear()
         folder = Path(settings["out"]) / name
 
         def save(progress, engine=engine, config=config, folder=folder):
@@ -160,7 +229,13 @@ def main():
                 {key: value for key, value in record.items() if not key.endswith("_seconds")}
                 for record in progress.records
             ]
-            found = {"weights": weights(engine), "records": records, "started_at": started_at, "tests": progress.tests}
+            found = {
+                "weights": weights(engine),
+                "records": records,
+                "started_at": started_at,
+                "tests": progress.tests,
+                "num_synchronized": len(synchronized),
+            }
             torch.save(found, f"{settings['out']}/{name}.pt")
     dist.destroy_process_group()
 

@@ -29,7 +29,8 @@ def folder(tmp_path, architecture):
         path = tmp_path / f"step-{step:09d}"
         path.mkdir()
         test = {"step": step, "task": "mean", "split": "", "metric": "ndcg_at_10", "value": 0.5}
-        progress = Progress([{"step": n} for n in range(step)], [test], {"a": torch.tensor([-float(step)])})
+        records = [{"step": n, "skipped": n == 1} for n in range(step)]
+        progress = Progress(records, [test], {"a": torch.tensor([-float(step)])})
         checkpoint.save(path, StillEngine(float(step)), progress, config, 0)
     (tmp_path / "snapshot.json").write_text("{}")
     return tmp_path
@@ -44,7 +45,7 @@ def test_the_latest_checkpoint_is_loaded(folder, capsys):
     assert found == str(folder / "step-000000012") and not capsys.readouterr().out
     engine = StillEngine(0.0)
     progress = checkpoint.load(folder / "step-000000012", engine, 0)
-    assert progress.step == 12 == engine.num_updates and float(engine.value) == 12
+    assert progress.step == 12 and engine.num_updates == 11 and float(engine.value) == 12
     assert progress.best_step == 12 and progress.best == {"a": torch.tensor([-12.0])}
     other_rank = checkpoint.load(folder / "step-000000012", engine, 1)
     assert other_rank.step == 12 and not other_rank.tests and not other_rank.best

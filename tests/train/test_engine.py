@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,3 +53,17 @@ def test_no_step_is_wasted_at_a_rate_of_0(schedule, warmup, decay, num_steps):
 def test_a_schedule_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="add up to more than 1"):
         OptimizerConfig(learning_rate=0.1, schedule="wsd", warmup_fraction=0.5, decay_fraction=0.6)
+
+
+ON_CPU = """
+import torch
+torch.cuda.is_available = lambda: True  # a GPU that this rank was not given, and Ray does not hide
+from train.engine import _deepspeed
+print(_deepspeed(torch.device("cpu")).accelerator.get_accelerator().device_name())
+"""
+
+
+def test_deepspeed_is_on_the_device_that_was_asked_for_whatever_there_is():
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    result = subprocess.run([sys.executable, "-c", ON_CPU], capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["cpu"], result.stderr

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ray.exceptions
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig
-from train.launch import train
+from train.launch import train, will_come_again
 from train.loop import TrainConfig
 
 
@@ -66,6 +69,77 @@ def test_trackers_that_are_not_installed_are_refused_before_anything_runs(shards
     )
     with pytest.raises(StrataError, match=r"train.trackers: wandb .* not installed; `pip install wandb`"):
         train(config, BatchingConfig(strategy="random", global_batch_size=8), artifact, artifact.root, "test")
+
+
+def raised(error, module="train.loop"):
+    """The error as it is when code of a module raised it."""
+    try:
+        exec(compile("raise error", module, "exec"), {"__name__": module, "error": error})
+    except type(error) as found:
+        return found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        raised(RuntimeError("Connection closed by peer"), "torch.distributed.distributed_c10d"),  # gloo's
+        dist.DistBackendError("NCCL error"),
+        ConnectionResetError(),
+        OSError("503 Slow Down"),
+        ray.exceptions.RayActorError(),
+        torch.AcceleratorError("ECC error", 0),
+    ],
+)
+def test_lost_ranks_storage_and_gpus_are_worth_a_new_start(error):
+    assert not will_come_again(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        raised(RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+        raised(TypeError("bug"), "torch.distributed.distributed_c10d"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        IndexError("index out of range in self"),
+        PermissionError(),
+    ],
+)
+def test_bugs_too_little_memory_and_bad_input_are_not(error):
+    assert will_come_again(error)
+
+
+def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(ray_running, shards, tmp_path, architecture):
+    """Rank 0 fails while rank 1 waits for it."""
+    artifact, _ = shards
+    tries = tmp_path / "tries"
+
+    class Faulty:
+        def content(self):
+            return {}
+
+        def origin(self):
+            return {}
+
+        def __call__(self, model, device):
+            with tries.open("a") as stream:
+                stream.write("one\n")
+            raise KeyError("a bug")
+
+    config = TrainConfig(
+        student={"architecture": architecture},
+        optimizer={"learning_rate": 1e-2},
+        steps=4,
+        num_workers=2,
+        cache_dir=str(tmp_path / "cache"),
+        test_every_steps=2,
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    with pytest.raises(StrataError, match="^train test: rank 0 failed: KeyError: 'a bug'; its traceback is in") as info:
+        train(config, batching, artifact, artifact.root, "test", Faulty())
+    assert tries.read_text() == "one\n"
+    details = Path(str(info.value).rpartition(" ")[2]).read_text()
+    assert "raise KeyError" in details and "ray/" not in details
 
 
 def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(ray_running, shards, tmp_path, architecture):

@@ -1,11 +1,14 @@
 """The step loop without an engine: which batches it asks for, and what it records."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
 
+from clusterlib.errors import StrataError
 from clusterlib.plan import BatchingConfig, Plan
 from clusterlib.tables import MEAN, SIMILARITY_BINS, STEPS
 from train.clock import Clock
@@ -56,6 +59,53 @@ def test_the_best_step_is_the_first_of_the_highest_means():
 def test_the_best_cannot_be_kept_without_tests(architecture):
     with pytest.raises(ValueError, match="keep=best needs tests in the loop to tell the best by; set test_every_steps"):
         train_config(architecture, steps=1, keep="best")
+
+
+def breaking(engine, *steps):
+    """The engine, with gradients that are not finite at these steps."""
+    taken = itertools.count()
+    engine.step = lambda learning_rate: math.nan if next(taken) in steps else 1.0
+    return engine
+
+
+def test_steps_without_a_finite_gradient_are_recorded_and_leave_no_checkpoint(loop, architecture):
+    engine, plan, store = loop
+    config = train_config(architecture, steps=8, checkpoint_every_steps=2, max_skipped_steps=3)
+    progress, saved = Progress(), []
+    calls = (lambda *_: None, lambda _: None, lambda progress: saved.append(progress.step))
+    fit(breaking(engine, 2, 3, 5, 7), plan, store, config, progress, *calls)
+    records = pa.Table.from_pylist(progress.records, schema=STEPS).to_pylist()
+    assert [row["step"] for row in records if row["skipped"]] == [2, 3, 5, 7]
+    assert progress.num_skipped == 4 and progress.step == 8
+    assert saved == [2, 8]  # the last step's is the run's end, whatever it was
+
+
+@pytest.mark.parametrize(
+    ("broken", "good"),
+    [
+        (range(5, 9), "step 4 in the/folder"),
+        (range(4, 8), "step 2 in the/folder"),  # the weights of step 4 may be at fault
+        (range(4), "none"),
+    ],
+)
+def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(loop, architecture, broken, good):
+    engine, plan, store = loop
+    config = train_config(architecture, steps=20, checkpoint_every_steps=2, max_skipped_steps=4)
+    calls = (lambda *_: None, lambda _: None, lambda _: None)
+    last = broken[-1] + 1
+    message = (
+        rf"train step {last}, stratum [ab].*: the gradient is not finite, 4 times .* last good checkpoint: {good}\."
+    )
+    with pytest.raises(StrataError, match=message):
+        fit(breaking(engine, *broken), plan, store, config, Progress(), *calls, checkpoints="the/folder")
+
+
+def test_a_run_that_is_continued_goes_on_counting_skipped_steps(loop, architecture):
+    engine, plan, store = loop
+    config = train_config(architecture, steps=20, max_skipped_steps=3)
+    progress = Progress([{"skipped": skipped} for skipped in (True, False, True, True)])
+    with pytest.raises(StrataError, match="train step 5, .* last good checkpoint: none"):
+        fit(breaking(engine, 0), plan, store, config, progress, *[lambda *_: None] * 3)
 
 
 def test_records_say_phase_epoch_and_stratum(loop, architecture):

@@ -69,6 +69,7 @@ def outcome(setting):
     cases["checkpointed"] = {**cached, "gradient_checkpointing": True}
     for stage in STAGES:
         cases[f"bf16-zero{stage}"] = {**cases[f"zero{stage}-cached"], "precision": "bf16"}
+        cases[f"broken-zero{stage}"] = cases[f"zero{stage}-cached"]
     run = {**case, "micro_batch_size": 5, "checkpoint_every_steps": 2}
 
     @functools.cache
@@ -86,6 +87,9 @@ def outcome(setting):
             config, tested = {**config, "test_every_steps": 1}, f"tested{stage}-{num_ranks}"
             runs[tested] = {"config": config, "load": None}
             runs[f"testedresumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / tested / "2")}
+            broken, config = f"broken{stage}-{num_ranks}", {**config, "test_every_steps": None}
+            runs[broken] = {"config": config, "load": None, "break_step": 0}
+            runs[f"brokenresumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / broken / "2")}
         run_ranks(num_ranks, setting, {}, runs)
 
     @functools.cache
@@ -257,6 +261,47 @@ def test_bf16_is_near_and_keeps_float32_weights(outcome, reference, num_ranks, s
     assert found["dtype"] == "torch.float32"
     assert 1e-6 < float((found["gradient"] - gradient).norm() / gradient.norm()) < 0.1
     assert float(found["measures"][0]) == pytest.approx(loss, rel=0.01)
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_gradients_are_reduced_in_float32(outcome, num_ranks, stage):
+    without, found = (outcome.gradient(f"bf16-zero{of}", num_ranks)["gradient"] for of in (0, stage))
+    assert float((found - without).norm() / without.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_buckets_are_no_larger_than_the_weights(outcome, num_ranks, stage, precision):
+    found = outcome.gradient(f"zero{stage}-cached" if precision == "fp32" else f"bf16-zero{stage}", num_ranks)
+    assert found["bucket_bytes"] == 4 * found["num_parameters"]
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_changes_nothing(outcome, reference, num_ranks, stage):
+    broken, undisturbed = (outcome.gradient(name, num_ranks) for name in (f"broken-zero{stage}", f"zero{stage}-cached"))
+    assert not math.isfinite(broken["broken"])
+    before, after, _ = broken["states"]
+    assert torch.equal(before, after)
+    assert_exact(broken, reference())  # nothing of it is left in the next step
+    assert torch.equal(broken["states"][2], undisturbed["states"][2])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_skipped_step_is_recorded_and_resumed(outcome, num_ranks, stage):
+    whole, resumed = (outcome.resume(f"{name}{stage}", num_ranks) for name in ("broken", "brokenresumed"))
+    assert [record["skipped"] for record in whole["records"]] == [True, False, False, False]
+    assert resumed["started_at"] == 2 and resumed["records"][1:] == whole["records"][1:]
+    assert torch.equal(whole["weights"], resumed["weights"])
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_do_not_wait_for_the_device_but_at_their_end(outcome, num_ranks, stage):
+    assert outcome.resume(f"whole{stage}", num_ranks)["num_synchronized"] == 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
