@@ -107,11 +107,25 @@ def shard_index(shards: Artifact) -> ShardIndex:
 
 
 def load_tokenizer(shards: Artifact) -> Any:
-    """The tokenizer that made the shards, which they carry."""
+    """The tokenizer that made the shards, which they carry, as the student shall have it: it pads on the right, as
+    training does, with its end-of-text token where it has none to pad with, as decoders' tokenizers have.
+
+    Raises:
+        StrataError: it has neither.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        return AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise StrataError(
+                f"{shards.name}: its tokenizer has neither a padding nor an end-of-text token, so texts of different "
+                "length cannot be batched; give shard.tokenizer's tokenizer_config.json a pad_token that it knows"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_teacher(shards: Artifact, setting: str) -> None:
@@ -191,11 +205,20 @@ class TokenStore:
 
     Args:
         teacher: batches carry the teacher's vectors.
+        max_tokens: rows are padded to no more, where the student takes no more; no row has more.
     """
 
-    def __init__(self, folder: Path, index: ShardIndex, pad_token_id: int, teacher: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: ShardIndex,
+        pad_token_id: int,
+        teacher: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
         self._index = index
         self._pad_token_id = pad_token_id
+        self._max_tokens = max_tokens
         self._columns = [*_IDS, *(_TEACHER if teacher else [])]
         self._files: dict[int, _File] = {}
         for path in sorted(folder.glob("*.arrow")):
@@ -261,6 +284,7 @@ class TokenStore:
         for first in range(0, len(lengths), size):
             rows = by_length[first : first + size]
             longest = -(-int(lengths[rows].max()) // _PAD_MULTIPLE) * _PAD_MULTIPLE
+            longest = min(longest, self._max_tokens or longest)
             columns = np.arange(longest)
             mask = columns < lengths[rows, None]
             positions = np.where(mask, starts[rows, None] + columns, 0)

@@ -259,6 +259,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
         index,
         tokenizer.pad_token_id,
         teacher=config.loss.teacher_margin is not None,
+        max_tokens=_max_tokens(shards),
     )
     engine = Engine(
         build_student(

@@ -171,9 +171,10 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
     """The student's transformers configuration, checked against the shards it is to learn from.
 
     Raises:
-        StrataError: it is no transformers configuration, or has too few tokens or positions.
+        StrataError: it is no transformers configuration, has a decoder beside its encoder, or too few tokens or
+            positions.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
     try:
         if config.model is not None:
@@ -185,20 +186,38 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
                 **(config.architecture or {}),
             }
             architecture = AutoConfig.for_model(settings.pop("model_type", None), **settings)
+        with torch.device("meta"):  # its modules without their weights
+            backbone = AutoModel.from_config(architecture)
     except (ValueError, TypeError, OSError) as error:
         raise StrataError(f"train.student: {error}") from error
+    if architecture.is_encoder_decoder:
+        raise StrataError(
+            f"train.student: {architecture.model_type} is an encoder with a decoder; take an encoder or a decoder "
+            "alone, such as bert or qwen3"
+        )
     if architecture.vocab_size < len(tokenizer):
         raise StrataError(
             f"train.student: it knows {architecture.vocab_size} tokens and the tokenizer of the shards "
             f"{len(tokenizer)}; set shard.tokenizer to the student's own"
         )
-    positions = getattr(architecture, "max_position_embeddings", None)
+    positions = _num_positions(backbone)
     if positions is not None and positions < max_tokens:
         raise StrataError(
             f"train.student: it takes at most {positions} tokens and the shards hold up to {max_tokens}; lower "
             "shard.query_max_tokens and shard.passage_max_tokens"
         )
     return architecture
+
+
+def _num_positions(backbone: Any) -> int | None:
+    """How many tokens a backbone takes; None where nothing limits them."""
+    for name, module in backbone.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            # RoBERTa and its like give padding the position `padding_idx`, and number the tokens from the next.
+            return int(module.weight.shape[0]) - padding - 1
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None  # XLNet says -1
 
 
 def build_student(

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from clusterlib.errors import StrataError
-from train.data import TokenStore, cache_shards, check_teacher, deal, load_tokenizer, shard_index
+from train.data import TOKENIZER, TokenStore, cache_shards, check_teacher, deal, load_tokenizer, shard_index
 
 
 @pytest.fixture
@@ -152,6 +154,30 @@ def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
 def test_shards_carry_their_tokenizer(opened):
     artifact, *_ = opened
     assert load_tokenizer(artifact)("rose tulip")["input_ids"][0] == 2
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "[SEP]"}, {}])
+def test_a_tokenizer_without_padding_pads_with_its_end_of_text(make_shards, tokenizer_folder, tmp_path, special):
+    artifact, _ = make_shards(tmp_path / "root")
+    bare = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_folder / "tokenizer.json"), padding_side="left", **special
+    )
+    assert bare.pad_token_id is None
+    bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
+    if not special:
+        with pytest.raises(StrataError, match="neither a padding nor an end-of-text token"):
+            load_tokenizer(artifact)
+        return
+    tokenizer = load_tokenizer(artifact)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("[SEP]", 3, "right")
+
+
+def test_padding_stays_within_what_the_student_takes(opened):
+    artifact, _, index, _ = opened
+    store = TokenStore(cache_shards(artifact, Path(artifact.path), False), index, 0, max_tokens=21)
+    side = store.read(np.arange(240), 0, 1, 8).passage
+    lengths = [ids.shape[1] for ids, _ in side.micro_batches]
+    assert max(lengths) == 21 and {length for length in lengths if length < 21} <= {8, 16}
 
 
 def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):

@@ -3,7 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from train.data import TOKENIZER, load_tokenizer
 from train.export import export
 from train.model import StudentConfig, TokenizerRef, build_student
 
@@ -42,3 +44,25 @@ def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, a
         states = plain(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
     pooled = states[:, 0] if pooling == "cls" else states.mean(dim=1)
     np.testing.assert_allclose(F.normalize(pooled, dim=-1).numpy(), expected[:1], atol=1e-5)
+
+
+def test_a_decoder_whose_tokenizer_has_no_padding_is_exported_as_it_was_trained(
+    make_shards, tmp_path, tokenizer_folder
+):
+    from sentence_transformers import SentenceTransformer
+
+    artifact, _ = make_shards(tmp_path / "root")
+    file = str(tokenizer_folder / "tokenizer.json")
+    bare = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", padding_side="left")
+    bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
+    tokenizer = load_tokenizer(artifact)
+    decoder = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": 3, "bos_token_id": 2}
+    student = build_student(StudentConfig(architecture=decoder), tokenizer, 24, seed=0).eval()
+    tokens = [tokenizer(PROMPTS["query"] + text, truncation=True, max_length=24)["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        alone = [student(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)) for ids in tokens]
+    expected = torch.cat(alone).numpy()
+
+    export(student, tokenizer, tmp_path / "model", PROMPTS, 24, "# card\n")
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    np.testing.assert_allclose(loaded.encode_query(TEXTS), expected, atol=1e-5)

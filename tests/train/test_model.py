@@ -62,11 +62,49 @@ def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, archi
         ({"vocab_size": 10}, "knows 10 tokens and the tokenizer of the shards"),
         ({"max_position_embeddings": 16}, "takes at most 16 tokens and the shards hold up to 64"),
         ({"model_type": "no-such-type"}, "train.student"),
+        (
+            {"model_type": "t5"},
+            "t5 is an encoder with a decoder; take an encoder or a decoder alone, such as bert or qwen3",
+        ),
+        ({"model_type": "bart"}, "bart is an encoder with a decoder"),
     ):
         with pytest.raises(StrataError, match=message):
             student_architecture(StudentConfig(architecture={**architecture, **changes}), tokenizer, 64)
     loaded = student_architecture(StudentConfig(model=ModelRef(name=str(encoder_folder))), tokenizer, 64)
     assert loaded.hidden_size == 32
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "opt"])
+@pytest.mark.parametrize("num_tokens", [38, 39, 40, 41])
+def test_a_student_takes_as_many_tokens_as_it_has_positions(tokenizer_folder, architecture, model_type, num_tokens):
+    """RoBERTa and its like number tokens from padding_idx + 1, and so have that many positions fewer."""
+    tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
+    names = {"distilbert": {"n_layers": 1, "n_heads": 2, "dim": 32}, "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32}}
+    changes = {"model_type": model_type, "max_position_embeddings": 40, "pad_token_id": 1, **names.get(model_type, {})}
+    config = StudentConfig(architecture={**architecture, **changes})
+    try:
+        student_architecture(config, tokenizer, num_tokens)
+        refused = False
+    except StrataError as error:
+        refused = "tokens and the shards hold up to" in str(error)
+    model = build_student(config, tokenizer, 8, seed=0).eval()
+    ids = torch.full((1, num_tokens), 50)
+    try:
+        model(ids, torch.ones_like(ids))
+        fails = False
+    except (IndexError, RuntimeError):
+        fails = True
+    assert (
+        refused
+        == fails
+        == (num_tokens > (38 if model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 40))
+    )
+
+
+def test_a_student_may_have_no_limit_of_positions(tokenizer_folder):
+    tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
+    settings = {"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    assert student_architecture(StudentConfig(architecture=settings), tokenizer, 5000).d_model == 32
 
 
 def test_random_weights_depend_on_the_seed_alone(tokenizer_folder, architecture):
