@@ -67,7 +67,12 @@ class TrainConfig(Config):
     )
     checkpoint_every_steps: int = runtime(500, ge=1)
     checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
-    max_failures: int = runtime(3, ge=0, description="lost workers or nodes after which the run gives up")
+    max_failures: int = runtime(
+        3,
+        ge=0,
+        description="how often ranks are started again after a worker, a node or the storage was lost; an error that "
+        "would come again ends the run at once",
+    )
     max_skipped_steps: int = runtime(
         10,
         ge=1,

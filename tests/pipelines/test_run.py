@@ -169,6 +169,7 @@ def test_the_report_is_one_file_that_says_what_ran(finished):
         "usable pairs",
         "max_workers",
         "tests in the loop",
+        "skipped",
     ):
         assert word in html, word
 

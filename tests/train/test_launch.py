@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
+import ray.train
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
 from clusterlib.errors import StrataError
@@ -140,6 +142,35 @@ def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(ray_r
     assert tries.read_text() == "one\n"
     details = Path(str(info.value).rpartition(" ")[2]).read_text()
     assert "raise KeyError" in details and "ray/" not in details
+
+
+LOST = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ray.train.WorkerGroupError("pages", {0: RuntimeError("Connection closed by peer"), 1: LOST}),
+            r"gave up after 3 new starts \(train.max_failures\); rank 1 was lost. The same command goes on",
+        ),
+        (
+            ray.train.WorkerGroupError("pages", {1: OSError("503\nmore")}),
+            "rank 1 failed: OSError: 503. The same command",
+        ),
+        (ray.train.ControllerError(RuntimeError("no room")), "Ray Train could not run: RuntimeError: no room"),
+        (ray.train.ControllerError(StrataError("train step 7, ...")), "^train step 7, ...$"),
+    ],
+)
+def test_a_run_that_ray_train_gives_up_ends_in_one_message(shards, architecture, monkeypatch, error, message):
+    def fit(self):
+        raise error
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fit)
+    artifact, _ = shards
+    config = TrainConfig(student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1)
+    with pytest.raises(StrataError, match=message):
+        train(config, BatchingConfig(strategy="random", global_batch_size=8), artifact, artifact.root, "test")
 
 
 def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(ray_running, shards, tmp_path, architecture):
