@@ -16,7 +16,7 @@ from train.clock import Clock
 from train.model import Encoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
-_BUCKET_WEIGHTS = 50_000_000  # reduced at once, 200 MB; more at once is no faster
+_BUCKET_WEIGHTS = 50_000_000  # reduced at once: 200 MB, enough to fill any link
 
 
 class OptimizerConfig(Config):

@@ -195,6 +195,8 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
             f"train.student: {architecture.model_type} is an encoder with a decoder; take an encoder or a decoder "
             "alone, such as bert or qwen3"
         )
+    if getattr(architecture, "vocab_size", None) is None:
+        raise StrataError(f"train.student: {architecture.model_type} takes no tokens; take an encoder of text")
     if architecture.vocab_size < len(tokenizer):
         raise StrataError(
             f"train.student: it knows {architecture.vocab_size} tokens and the tokenizer of the shards "

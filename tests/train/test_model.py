@@ -56,7 +56,9 @@ def test_a_student_has_exactly_one_origin(architecture):
             StudentConfig(**settings)
 
 
-def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, architecture, encoder_folder):
+def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, architecture, encoder_folder, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
     for changes, message in (
         ({"vocab_size": 10}, "knows 10 tokens and the tokenizer of the shards"),
@@ -70,6 +72,10 @@ def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, archi
     ):
         with pytest.raises(StrataError, match=message):
             student_architecture(StudentConfig(architecture={**architecture, **changes}), tokenizer, 64)
+    images = AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    AutoModel.from_config(images).save_pretrained(tmp_path)
+    with pytest.raises(StrataError, match="vit takes no tokens"):
+        student_architecture(StudentConfig(model=ModelRef(name=str(tmp_path))), tokenizer, 64)
     loaded = student_architecture(StudentConfig(model=ModelRef(name=str(encoder_folder))), tokenizer, 64)
     assert loaded.hidden_size == 32
 
