@@ -33,9 +33,27 @@ class Config(BaseModel):
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("runtime"))
         }
 
+    def located(self, folder: str) -> Self:
+        """A copy that means the same on another machine or in another working folder.
+
+        Args:
+            folder: absolute path or URI where relative paths of data start.
+        """
+        return self.model_copy(update={name: _located(value, folder) for name, value in self})
+
     def replace(self, **changes: Any) -> Self:
         """A validated copy with `changes` applied."""
         return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def _located(value: Any, folder: str) -> Any:
+    if isinstance(value, Config):
+        return value.located(folder)
+    if isinstance(value, Mapping):
+        return {key: _located(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_located(item, folder) for item in value)
+    return value
 
 
 def runtime(default: Any, **bounds: Any) -> Any:

@@ -78,9 +78,10 @@ def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> 
     """The run to do, its root writable; None when it was only to be shown."""
     config = _load(recipe, overrides)
     from clusterlib.artifact import Root
+    from pipelines.files import absolute
     from pipelines.run import Run
 
-    run = Run(config, Root(root))
+    run = Run(config, Root(absolute(root)))
     if dry_run:
         _dry_run(run)
         return None

@@ -42,13 +42,13 @@ class EvaluateConfig(Config):
     gpus_per_worker: float = runtime(0, ge=0)
 
 
-def scores_spec(config: EvaluateConfig, folder: str, run: str, model: str | ModelRef) -> Spec:
+def scores_spec(config: EvaluateConfig, run: str, model: str | ModelRef) -> Spec:
     """What a model's scores are made from.
 
     Args:
         model: fingerprint of a trained model, or where another one comes from.
     """
-    tests = StudentTests(config, folder)
+    tests = StudentTests(config)
     settings = {
         "run": run,
         **tests.content(),
@@ -60,24 +60,19 @@ def scores_spec(config: EvaluateConfig, folder: str, run: str, model: str | Mode
 
 @dataclass(frozen=True)
 class StudentTests:
-    """The tests of `evaluate`, to score students with while they learn: a train.launch.Tests.
-
-    Attributes:
-        folder: where relative paths of tests start; absolute where it travels to another working folder.
-    """
+    """The tests of `evaluate`, to score students with while they learn: a train.launch.Tests."""
 
     config: EvaluateConfig
-    folder: str
 
     def content(self) -> dict[str, Any]:
         return {"tests": self.config.tests, "tasks": self.config.tasks}
 
     def origin(self) -> dict[str, Any]:
-        return {"tests": [origin(test, self.folder) for test in self.config.tests]}
+        return {"tests": [origin(test) for test in self.config.tests]}
 
     @functools.cached_property
     def _tests(self) -> list[RetrievalTest]:
-        return [read_test(test, self.folder) for test in self.config.tests]
+        return [read_test(test) for test in self.config.tests]
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
         rows, _ = _measure(_load_folder(model, device), self._tests, self.config.tasks)
@@ -88,13 +83,10 @@ def _is_baseline(model: ModelRef) -> bool:
     return model.name.startswith("mteb/")
 
 
-def evaluate(
-    config: EvaluateConfig, folder: str, models: dict[str, Artifact | ModelRef], root: Root
-) -> dict[str, Artifact]:
+def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], root: Root) -> dict[str, Artifact]:
     """Score models side by side, each into a `scores` artifact with mteb's own JSON beside the table.
 
     Args:
-        folder: where relative paths of tests start.
         models: name of the run -> trained model, or reference.
 
     Raises:
@@ -104,13 +96,13 @@ def evaluate(
     pending: dict[str, ray.ObjectRef] = {}
     tests = None
     for run, model in models.items():
-        spec = scores_spec(config, folder, run, model.fingerprint if isinstance(model, Artifact) else model)
+        spec = scores_spec(config, run, model.fingerprint if isinstance(model, Artifact) else model)
         found = root.find(spec)
         if found is not None:
             made[run] = found
             continue
         if tests is None:
-            tests = ray.put([read_test(test, folder) for test in config.tests])
+            tests = ray.put([read_test(test) for test in config.tests])
         # By default a task would be held inside the small placement group of the trial that calls it.
         task = ray.remote(
             num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, scheduling_strategy="DEFAULT"

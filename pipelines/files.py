@@ -17,17 +17,19 @@ from clusterlib.artifact import resolve
 from clusterlib.errors import StrataError
 
 
-def absolute(path: str) -> str:
-    """A path or URI that means the same in another working folder."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+def absolute(path: str, folder: str = "") -> str:
+    """A path or URI that means the same in another working folder; relative ones start at `folder`."""
+    if "://" in path:
+        return path
+    if not folder or Path(path).expanduser().is_absolute():
+        return str(Path(path).expanduser().absolute())
+    return f"{folder}{path}" if folder.endswith("/") else f"{folder}/{path}"
 
 
 class Location:
-    """A path or URI with the file system it is on; relative paths start at `folder`."""
+    """A path or URI with the file system it is on."""
 
-    def __init__(self, path: str, folder: str = ".") -> None:
-        if "://" not in path and not Path(path).expanduser().is_absolute():
-            path = f"{folder}{path}" if folder.endswith("/") else f"{folder}/{path}"
+    def __init__(self, path: str) -> None:
         self.fs, self.path = resolve(path)
 
     def at(self, path: str) -> Location:

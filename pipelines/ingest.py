@@ -30,26 +30,26 @@ class IngestConfig(Config):
     max_chars: int = Field(100_000, ge=1, description="a longer query or passage is refused")
 
 
-def pairs_spec(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folder: str) -> Spec:
-    """What the pairs are made from; `folder` is where relative input paths start."""
+def pairs_spec(config: IngestConfig, tests: Sequence[RetrievalTestConfig]) -> Spec:
+    """What the pairs are made from."""
     return Spec(
         "pairs",
         1,
         {"ingest": config, "held_out": list(tests)},
         origin={
-            "inputs": [origin(source, folder) for source in config.inputs],
-            "held_out": [origin(test, folder) for test in tests],
+            "inputs": [origin(source) for source in config.inputs],
+            "held_out": [origin(test) for test in tests],
         },
     )
 
 
-def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folder: str, root: Root) -> Artifact:
+def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Root) -> Artifact:
     """Read every input into the `pairs` artifact; no passage of `tests` gets in.
 
     Raises:
         StrataError: an input is missing, damaged or lacks a column, or no usable pair is left.
     """
-    spec = pairs_spec(config, tests, folder)
+    spec = pairs_spec(config, tests)
     made = root.find(spec)
     if made is not None:
         return made
@@ -57,11 +57,11 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folder: s
     tasks = [
         Task(f"{number:04d}-{split.id}", (f"{number:04d}-{split.id}", split))
         for number, source in enumerate(config.inputs)
-        for split in splits(source, folder)
+        for split in splits(source)
     ]
-    ids = [passage_ids(read_test(test, folder)) for test in tests]
+    ids = [passage_ids(read_test(test)) for test in tests]
     held_out = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.uint64)
-    worker = functools.partial(_Worker, draft, config.max_chars, folder, held_out)
+    worker = functools.partial(_Worker, draft, config.max_chars, held_out)
 
     def publish(receipts: list[Receipt]) -> Artifact:
         counts: Counter[str] = Counter()
@@ -78,10 +78,9 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], folder: s
 
 
 class _Worker:
-    def __init__(self, draft: Draft, max_chars: int, folder: str, held_out: np.ndarray) -> None:
+    def __init__(self, draft: Draft, max_chars: int, held_out: np.ndarray) -> None:
         self._draft = draft
         self._max_chars = max_chars
-        self._folder = folder
         self._held_out = held_out
 
     def __call__(self, work: tuple[str, Split]) -> Receipt:
@@ -103,7 +102,7 @@ class _Worker:
     def _usable(self, split: Split, refused: list[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
         """Usable pairs of a split, a row group at a time; refused rows go to `refused` or `counts`."""
         source = split.input.source
-        for raw, unreadable in read(split, self._folder):
+        for raw, unreadable in read(split):
             pairs, bad = validate_pairs(raw, source, split.file, self._max_chars)
             rows, reasons = zip(*unreadable, strict=True) if unreadable else ((), ())
             refused += [table for table in (rejects(source, split.file, rows, reasons), bad) if table.num_rows]

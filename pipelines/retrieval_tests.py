@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from clusterlib.config import Config
 from clusterlib.errors import StrataError
 from clusterlib.tables import text_ids
 from pipelines.docstrings import read_docstrings
-from pipelines.files import Location, beir_files, beir_judgements, beir_texts
+from pipelines.files import Location, absolute, beir_files, beir_judgements, beir_texts
 
 
 class RetrievalTestConfig(Config):
@@ -25,6 +25,18 @@ class RetrievalTestConfig(Config):
     format: Literal["beir", "docstrings"]
     path: str = Field(..., description="a BEIR folder, local or a URI; a Python package or `stdlib`")
     split: str = "test"
+
+    def located(self, folder: str) -> Self:
+        if self.format == "docstrings":
+            return self
+        return self.model_copy(update={"path": absolute(self.path, folder)})
+
+    def content(self) -> dict[str, Any]:
+        """All settings, but for where files lie: their sizes and times say what they are."""
+        content = super().content()
+        if self.format != "docstrings":
+            del content["path"]
+        return content
 
     @model_validator(mode="after")
     def _split(self) -> Self:
@@ -44,7 +56,7 @@ class RetrievalTest:
     judgements: Mapping[str, Mapping[str, int]]
 
 
-def read_test(config: RetrievalTestConfig, folder: str) -> RetrievalTest:
+def read_test(config: RetrievalTestConfig) -> RetrievalTest:
     """A local retrieval test, held in memory.
 
     Raises:
@@ -61,7 +73,7 @@ def read_test(config: RetrievalTestConfig, folder: str) -> RetrievalTest:
                 queries[f"q{query:016x}"], corpus[f"p{passage:016x}"] = item.query, item.passage
                 judgements.setdefault(f"q{query:016x}", {})[f"p{passage:016x}"] = 1
     else:
-        files = beir_files(Location(config.path, folder), config.split)
+        files = beir_files(Location(config.path), config.split)
         corpus, queries = dict(beir_texts(files[0])), dict(beir_texts(files[1]))
         for _, query, passage, relevance in beir_judgements(files[2]):
             if relevance > 0 and query in queries and passage in corpus:

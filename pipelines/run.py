@@ -75,7 +75,14 @@ class RunConfig(Config):
         return {arm: self.with_overrides(changes, f"arms.{arm}") for arm, changes in self.arms.items()}
 
     def with_overrides(self, overrides: dict[str, Any], origin: str) -> RunConfig:
-        return validate(RunConfig, override(self.model_dump(mode="json"), overrides), origin)
+        return _validate(override(self.model_dump(mode="json"), overrides), origin)
+
+
+def _validate(settings: dict[str, Any], origin: str) -> RunConfig:
+    """A recipe whose paths mean the same wherever its stages run."""
+    config = validate(RunConfig, settings, origin)
+    folder = absolute(config.data)
+    return config.located(folder).model_copy(update={"data": folder})
 
 
 def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
@@ -88,7 +95,7 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in _RECIPES.glob("*.yaml")))
         raise StrataError(f"{name}: no such recipe; name one of {known}, or the path of a .yaml file")
-    config = validate(RunConfig, override(read_yaml(path), overrides), str(path))
+    config = _validate(override(read_yaml(path), overrides), str(path))
     config.arm_configs()  # faults in an arm show now, not after hours
     return config
 
@@ -101,7 +108,7 @@ class Chain:
 
     @functools.cached_property
     def pairs(self) -> Spec:
-        return pairs_spec(self.config.ingest, self.config.evaluate.tests, self.config.data)
+        return pairs_spec(self.config.ingest, self.config.evaluate.tests)
 
     @functools.cached_property
     def embeddings(self) -> Spec:
@@ -117,7 +124,7 @@ class Chain:
 
     @property
     def tests(self) -> StudentTests:
-        return StudentTests(self.config.evaluate, absolute(self.config.data))
+        return StudentTests(self.config.evaluate)
 
     @functools.cached_property
     def model(self) -> Spec:
@@ -150,8 +157,7 @@ class Run:
 
     def ingest(self) -> dict[str, Artifact]:
         return {
-            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, chain.config.data, self.root)
-            for arm, chain in self.arms.items()
+            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, self.root) for arm, chain in self.arms.items()
         }
 
     def embed(self) -> dict[str, Artifact]:
@@ -202,12 +208,12 @@ class Run:
         """Scores of every reference and arm."""
         models: dict[str, Artifact | ModelRef] = dict(self.config.evaluate.references)
         models |= {arm: self._open(chain.model, "train") for arm, chain in self.arms.items()}
-        return evaluate(self.config.evaluate, self.config.data, models, self.root)
+        return evaluate(self.config.evaluate, models, self.root)
 
     def score(self, names: Sequence[str]) -> dict[str, Artifact]:
         """Scores of models from elsewhere, by folder or hub name, on the recipe's tests."""
         models: dict[str, Artifact | ModelRef] = {name: ModelRef(name=name) for name in names}
-        return evaluate(self.config.evaluate, self.config.data, models, self.root)
+        return evaluate(self.config.evaluate, models, self.root)
 
     def scores(self) -> dict[str, Artifact]:
         """The finished scores of every reference and arm."""
@@ -227,7 +233,7 @@ class Run:
         """Train and score every combination of `tune.space` on the shards that are there."""
         overrides = combinations(self.config.tune.space)
         chains = [Chain(self.config.with_overrides(changes, "tune.space")) for changes in overrides]
-        score = functools.partial(_score, self.config.evaluate, self.config.data, self.config.tune.metric, self.root)
+        score = functools.partial(_score, self.config.evaluate, self.config.tune.metric, self.root)
         trials = [
             Trial(
                 " ".join(f"{name}={value}" for name, value in changes.items()),
@@ -254,9 +260,7 @@ class Run:
     def _scores_specs(self) -> dict[str, Spec]:
         models: dict[str, str | ModelRef] = dict(self.config.evaluate.references)
         models |= {arm: chain.model.fingerprint for arm, chain in self.arms.items()}
-        return {
-            name: scores_spec(self.config.evaluate, self.config.data, name, model) for name, model in models.items()
-        }
+        return {name: scores_spec(self.config.evaluate, name, model) for name, model in models.items()}
 
     def _report_inputs(self, scores: dict[str, str]) -> dict[str, dict[str, str]]:
         """Names of the artifacts a report reads: of each arm by kind, and of all scores by run."""
@@ -267,7 +271,7 @@ class Run:
         return self.root.open(spec.name, f"run `strata {stage}` with the same recipe and settings first")
 
 
-def _score(config: EvaluateConfig, folder: str, metric: str, root: Root, name: str, model: Artifact) -> float:
+def _score(config: EvaluateConfig, metric: str, root: Root, name: str, model: Artifact) -> float:
     """A model's mean over the tests of one metric."""
-    scores = evaluate(config, folder, {name: model}, root)[name].read().to_pylist()
+    scores = evaluate(config, {name: model}, root)[name].read().to_pylist()
     return next(float(row["value"]) for row in scores if row["task"] == MEAN and row["metric"] == metric)

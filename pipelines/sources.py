@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from clusterlib.errors import StrataError
 from pipelines.docstrings import package_version, read_docstrings
 from pipelines.files import (
     Location,
+    absolute,
     beir_files,
     beir_judgements,
     beir_texts,
@@ -55,6 +56,19 @@ class InputConfig(Config):
     split: str = Field("train", description="for tsv, beir and huggingface: which queries and judgements")
     subset: str | None = Field(None, description="for huggingface: the data set's configuration name")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to keep, chosen by the hash of their ids")
+
+    def located(self, folder: str) -> Self:
+        named = self.format == "docstrings" or (
+            self.format == "huggingface" and not Path(absolute(self.path, folder)).is_dir()
+        )
+        return self if named else self.model_copy(update={"path": absolute(self.path, folder)})
+
+    def content(self) -> dict[str, Any]:
+        """All settings, but for where files lie: `origin` says what they are."""
+        content = super().content()
+        if self.format != "docstrings" and (self.format != "huggingface" or Path(self.path).is_absolute()):
+            del content["path"]
+        return content
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Rows:
 Batches = Iterator[tuple[pa.Table, list[tuple[int, str]]]]
 
 
-def splits(config: InputConfig, folder: str) -> list[Split]:
+def splits(config: InputConfig) -> list[Split]:
     """What tasks read of an input, in order.
 
     Raises:
@@ -103,34 +117,35 @@ def splits(config: InputConfig, folder: str) -> list[Split]:
     """
     if config.format in ("parquet", "jsonl"):
         endings = (".parquet",) if config.format == "parquet" else (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-        files = Location(config.path, folder).files(*endings)
+        files = Location(config.path).files(*endings)
         return [Split(f"{number:05d}", config, info.path) for number, info in enumerate(files)]
     if config.format == "tsv":
-        marco_files(Location(config.path, folder), config.split)
+        marco_files(Location(config.path), config.split)
     elif config.format == "beir":
-        beir_files(Location(config.path, folder), config.split)
+        beir_files(Location(config.path), config.split)
     return [Split("00000", config, config.path)]
 
 
-def origin(config: InputConfig | RetrievalTestConfig, folder: str) -> Any:
+def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     """What identifies an input's content: names, sizes and times of its files, or versions."""
     if config.format == "docstrings":
         return package_version(config.path)
-    location = Location(config.path, folder)
+    if config.format == "huggingface" and not Path(config.path).is_absolute():
+        return []
+    location = Location(config.path)
     if config.format == "huggingface":
-        local = location.fs.get_file_info(location.path).type == pafs.FileType.Directory
-        files = location.files("") if local else []
+        files = location.files("")
     elif config.format == "tsv":
         files = [location.fs.get_file_info(file.path) for file in marco_files(location, config.split)]
     elif config.format == "beir":
         files = [location.fs.get_file_info(file.path) for file in beir_files(location, config.split)]
     else:
         assert isinstance(config, InputConfig)
-        files = location.fs.get_file_info([split.file for split in splits(config, folder)])
+        files = location.fs.get_file_info([split.file for split in splits(config)])
     return [[info.base_name, info.size, info.mtime_ns] for info in files]
 
 
-def read(split: Split, folder: str) -> Batches:
+def read(split: Split) -> Batches:
     """Raw rows of a split, with (row, reason) for those that could not be read.
 
     Raises:
@@ -139,17 +154,17 @@ def read(split: Split, folder: str) -> Batches:
     config = split.input
     match config.format:
         case "parquet":
-            return _read_parquet(split, Location(config.path, folder).at(split.file))
+            return _read_parquet(split, Location(config.path).at(split.file))
         case "jsonl":
-            return _read_jsonl(split, Location(config.path, folder).at(split.file))
+            return _read_jsonl(split, Location(config.path).at(split.file))
         case "tsv":
-            collection, queries, judgements = marco_files(Location(config.path, folder), config.split)
+            collection, queries, judgements = marco_files(Location(config.path), config.split)
             return _join(tsv_texts(collection), tsv_texts(queries), tsv_judgements(judgements, header=False))
         case "beir":
-            corpus, queries, judgements = beir_files(Location(config.path, folder), config.split)
+            corpus, queries, judgements = beir_files(Location(config.path), config.split)
             return _join(beir_texts(corpus), beir_texts(queries), beir_judgements(judgements))
         case "huggingface":
-            return _read_huggingface(split, folder)
+            return _read_huggingface(split)
         case "docstrings":
             return _read_docstrings(config.path)
 
@@ -222,22 +237,20 @@ def _read_jsonl(split: Split, location: Location) -> Batches:
     yield rows.take()
 
 
-def _read_huggingface(split: Split, folder: str) -> Batches:
-    dataset = _load_dataset(split.input, folder)
+def _read_huggingface(split: Split) -> Batches:
+    dataset = _load_dataset(split.input)
     _check_columns(split.input.columns, dataset.column_names, split.file)
     for start in range(0, len(dataset), BATCH_ROWS):
         table = dataset.with_format("arrow")[start : start + BATCH_ROWS]
         yield _select(table, split.input.columns, start), []
 
 
-def _load_dataset(config: InputConfig, folder: str) -> Any:
+def _load_dataset(config: InputConfig) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    local = Location(config.path, folder)
-    path = local.path if local.fs.get_file_info(local.path).type == pafs.FileType.Directory else config.path
     try:
-        return load_dataset(path, config.subset, split=config.split)
+        return load_dataset(config.path, config.subset, split=config.split)
     except (DatasetNotFoundError, ValueError, OSError) as error:
         raise StrataError(f"{config.path}: the data set cannot be loaded: {error}") from error
 

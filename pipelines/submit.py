@@ -38,8 +38,6 @@ def submit(config: RunConfig, command: str, root: str, address: str) -> int:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise StrataError(f"--address {address}: no Ray dashboard answers there ({error})") from error
-    # The job starts in a folder of its own: what was relative to this one must not be there.
-    config = config.replace(data=absolute(config.data))
     with tempfile.TemporaryDirectory() as folder:
         for package in PACKAGES:
             shutil.copytree(_ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))

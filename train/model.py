@@ -32,6 +32,12 @@ class ModelRef(Config):
 
     _files: ClassVar[str] = "*.safetensors"
 
+    def located(self, folder: str) -> Self:
+        path = Path(self.name).expanduser()
+        if path.is_dir() or self.name.startswith(("./", "../", "~")):
+            return self.model_copy(update={"name": str(path.absolute())})
+        return self
+
     def content(self) -> dict[str, Any]:
         """The weights' digest where they are at hand or stated; a hub model's name and revision otherwise."""
         if self.sha256:

@@ -76,10 +76,11 @@ def main() -> None:
 
 
 def write_pairs(table: pa.Table, source: str, folder: str) -> Artifact:
+    """Pairs of texts that do not repeat, so that neither side gains by embedding a text once."""
     path = f"{folder}/{source}.parquet"
     pq.write_table(table, path)
     inputs = [InputConfig(source=source, format="parquet", path=path)]
-    pairs = ingest(IngestConfig(inputs=inputs), [], ".", Root(f"{folder}/pairs"))
+    pairs = ingest(IngestConfig(inputs=inputs), [], Root(f"{folder}/pairs"))
     assert pairs.num_rows == table.num_rows
     return pairs
 

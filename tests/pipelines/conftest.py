@@ -38,7 +38,7 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
             block_rows=70,
         ),
     )
-    pairs = ingest(configs.ingest, [], ".", root)
+    pairs = ingest(configs.ingest, [], root)
     embeddings = embed(configs.embed, pairs, root)
     centroids = cluster(configs.cluster, embeddings, root)
     shards = shard(configs.shard, embeddings, centroids, root)

@@ -32,10 +32,10 @@ def config(beir_folder, teacher_folder):
 def test_scores_equal_a_second_implementation_on_the_same_run(ray_running, config, teacher_folder, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    made = evaluate(config, ".", {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
+    made = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
     scores = {(row["task"], row["metric"]): row["value"] for row in made.read().to_pylist()}
 
-    test = read_test(config.tests[0], ".")
+    test = read_test(config.tests[0])
     model = SentenceTransformer(str(teacher_folder), device="cpu")
     similarity = model.encode_query(list(test.queries.values())) @ model.encode_document(list(test.corpus.values())).T
     run = {
@@ -54,7 +54,7 @@ def test_scores_equal_a_second_implementation_on_the_same_run(ray_running, confi
 
     stored = json.loads(Path(made.path, "mteb", "local.json").read_text())
     assert stored["scores"]["test"][0]["ndcg_at_10"] == scores["local", "ndcg_at_10"]
-    again = evaluate(config, ".", {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
+    again = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
     assert again.manifest == made.manifest
 
 
@@ -71,7 +71,7 @@ def test_mteb_runs_a_local_test_with_graded_judgements(tmp_path):
     )
     (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "q"}) + "\n")
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td4\t2\nq\td2\t1\n")
-    test = read_test(RetrievalTestConfig(name="hand", format="beir", path=str(folder)), ".")
+    test = read_test(RetrievalTestConfig(name="hand", format="beir", path=str(folder)))
 
     class Ranker:
         """Ranks d0 first, d4 last."""

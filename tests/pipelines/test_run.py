@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from clusterlib.artifact import Root
 from pipelines.cli import main
-from pipelines.run import load_recipe
+from pipelines.run import Chain, load_recipe
 
 
 def digests(root):
@@ -262,3 +263,40 @@ def test_killed_in_every_stage_it_ends_the_same(finished, recipe, tmp_path):
     for model in root.glob("model/*"):
         steps = pq.read_table(next(model.glob("steps/*.parquet")))["step"].to_pylist()
         assert steps == list(range(12))
+
+
+def test_relative_paths_are_absolute_once_the_recipe_is_loaded(recipe, tmp_path, monkeypatch, teacher_folder):
+    """A driver, a job and a worker have working folders of their own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "model").symlink_to(teacher_folder)
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe(
+        str(recipe),
+        {
+            "data": "in",
+            "ingest.inputs": [
+                {"source": "a", "format": "jsonl", "path": "a/*.jsonl"},
+                {"source": "b", "format": "tsv", "path": "s3://bucket/b"},
+                {"source": "c", "format": "docstrings", "path": "numpy"},
+                {"source": "d", "format": "huggingface", "path": "owner/data"},
+            ],
+            "evaluate.tests.0.path": "test",
+            "embed.teacher.name": "model",
+            "arms": {"other": {"embed.teacher.name": "./model"}},
+        },
+    )
+    assert config.data == str(tmp_path / "in")
+    paths = [item.path for item in config.ingest.inputs]
+    assert paths == [str(tmp_path / "in/a/*.jsonl"), "s3://bucket/b", "numpy", "owner/data"]
+    assert config.evaluate.tests[0].path == str(tmp_path / "in/test")
+    assert config.embed.teacher.name == config.arm_configs()["other"].embed.teacher.name == str(tmp_path / "model")
+
+
+def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, pairs_file):
+    names = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy2(pairs_file, tmp_path / place / "pairs.jsonl")
+        config = load_recipe(str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"})
+        names.append(Chain(config).pairs.name)
+    assert names[0] == names[1]

@@ -11,11 +11,11 @@ from pipelines.sources import Columns, InputConfig, origin, read, splits
 ROWS = [("q1", "p1", "t1"), ("q2", "p2", "t2"), ("q3", "p3", "t1")]
 
 
-def rows_of(config, folder="."):
+def rows_of(config, folder="/"):
     """(query, passage, topic) of all splits, and (row, reason) of what could not be read."""
     good, bad = [], []
-    for split in splits(config, str(folder)):
-        for table, rejects in read(split, str(folder)):
+    for split in splits(config.located(str(folder))):
+        for table, rejects in read(split):
             good += list(zip(*(table[name].to_pylist() for name in ("query", "passage", "topic")), strict=True))
             bad += rejects
     return good, bad
@@ -59,7 +59,7 @@ def test_inputs_on_another_file_system(table):
         stream.write(json.dumps({"title": "q4", "abstract": "p4"}).encode())
     parquet = config("inputs", format="parquet", columns=COLUMNS)
     assert rows_of(parquet, "memory://")[0] == ROWS
-    assert len(origin(parquet, "memory://")) == 1
+    assert len(origin(parquet.located("memory://"))) == 1
     lines = config("memory://inputs/*.jsonl", format="jsonl", columns=Columns(query="title", passage="abstract"))
     assert rows_of(lines)[0] == [("q4", "p4", None)]
 
@@ -157,7 +157,7 @@ def test_hugging_face_data_sets_by_local_folder(tmp_path, table):
 def test_a_changed_file_is_another_origin(tmp_path, table):
     pq.write_table(table, tmp_path / "a.parquet")
     source = config("a.parquet", format="parquet", columns=COLUMNS)
-    before = origin(source, str(tmp_path))
-    assert before == origin(source, str(tmp_path))
+    before = origin(source.located(str(tmp_path)))
+    assert before == origin(source.located(str(tmp_path)))
     pq.write_table(table.slice(1), tmp_path / "a.parquet")
-    assert before != origin(source, str(tmp_path))
+    assert before != origin(source.located(str(tmp_path)))
