@@ -1,12 +1,19 @@
 """Every benchmark still runs: to its RESULT line, as a user would run it, at its smallest size."""
 
+import importlib
+import inspect
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from train.model import ModelRef
 
 BENCHMARKS = sorted(Path(__file__).parent.glob("bench_*.py"))
 # What a RESULT line has to tell, where it is not a ratio of two sides.
@@ -29,3 +36,35 @@ def test_a_benchmark_runs_to_its_result_line_at_its_smallest_size(path, ray_runn
     numbers = {name: float(value) for name, value in (word.split("=") for word in words)}
     assert NUMBERS.get(path.stem, {"ratio"}) <= set(numbers)
     assert all(math.isfinite(number) for number in numbers.values()), numbers
+
+
+@pytest.fixture
+def real(monkeypatch, tmp_path, teacher_folder):
+    """The module real.py, with a source of its own, a tiny teacher and an empty cache."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    module = importlib.import_module("real")
+    (tmp_path / "data" / "animals").mkdir(parents=True)
+    table = pa.table({"query": ["rose", "tulip", "rose"], "passage": ["wave", "tide", "reef"]})
+    pq.write_table(table, tmp_path / "data" / "animals" / "train.parquet")
+    monkeypatch.setattr(module, "_DATA", tmp_path / "data")
+    monkeypatch.setattr(module, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(module, "teacher", lambda: ModelRef(name=str(teacher_folder)))
+    return module
+
+
+def test_real_texts_are_distinct_and_embedded_once(real, monkeypatch):
+    assert real.sources() == ["animals"]
+    assert real.texts("animals", "query") == ["rose", "tulip"]
+    assert real.texts("animals", "passage", 2) == ["wave", "tide"]
+    vectors = real.vectors("animals", "query", 8)
+    assert vectors.shape == (2, 32) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    monkeypatch.delattr(real, "Teacher")
+    assert (real.vectors("animals", "query", 8) == vectors).all()
+    with pytest.raises(SystemExit, match="plants: no such source"):
+        real.texts("plants", "query")
+
+
+def test_what_is_made_up_is_asked_for_as_what_is_real(real):
+    made_up = importlib.import_module("made_up")
+    for name in ("sources", "texts", "vectors", "teacher"):
+        assert inspect.signature(getattr(made_up, name)) == inspect.signature(getattr(real, name))
