@@ -39,20 +39,19 @@ def test_a_benchmark_runs_to_its_result_line_at_its_smallest_size(path, ray_runn
 
 
 @pytest.fixture
-def real(monkeypatch, tmp_path, teacher_folder):
-    """The module real.py, with a source of its own, a tiny teacher and an empty cache."""
+def real(monkeypatch):
+    """The module real.py."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    module = importlib.import_module("real")
+    return importlib.import_module("real")
+
+
+def test_real_texts_are_distinct_and_embedded_once(real, monkeypatch, tmp_path, teacher_folder):
     (tmp_path / "data" / "animals").mkdir(parents=True)
     table = pa.table({"query": ["rose", "tulip", "rose"], "passage": ["wave", "tide", "reef"]})
     pq.write_table(table, tmp_path / "data" / "animals" / "train.parquet")
-    monkeypatch.setattr(module, "_DATA", tmp_path / "data")
-    monkeypatch.setattr(module, "_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(module, "teacher", lambda: ModelRef(name=str(teacher_folder)))
-    return module
-
-
-def test_real_texts_are_distinct_and_embedded_once(real, monkeypatch):
+    monkeypatch.setattr(real, "_DATA", tmp_path / "data")
+    monkeypatch.setattr(real, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(real, "teacher", lambda: ModelRef(name=str(teacher_folder)))
     assert real.sources() == ["animals"]
     assert real.texts("animals", "query") == ["rose", "tulip"]
     assert real.texts("animals", "passage", 2) == ["wave", "tide"]
