@@ -7,6 +7,7 @@ has written a part to the last part written, so that Ray and the writing of Parq
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -14,9 +15,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import command
 import pyarrow as pa
 import pyarrow.parquet as pq
-import real
 from sentence_transformers import SentenceTransformer
 
 from clusterlib.artifact import Artifact, Root
@@ -24,28 +25,35 @@ from pipelines.embed import EmbedConfig, embed
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.sources import InputConfig
 from pipelines.stage import ray_session
+from train.model import ModelRef
 
-MIXES = {"short": ("oewn", 4800), "long": ("medquad", 800)}  # median words of a passage: 25 and 132
+SOURCES = ("oewn", "medquad")  # median words of a passage: 25 and 132
 TASKS = 16
 MAX_TOKENS = 256
-BATCH_SIZES = (32, 128)
-ROUNDS = 3
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[4800, 800], help=f"of {' and '.join(SOURCES)}")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128], help="of the other side")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = command.parse(parser, rows=[320], batch_sizes=[32], rounds=1)
+    data = command.data(arguments)
+    teacher = data.teacher()
     cores = os.cpu_count() or 1
     worst = float("inf")
-    model = SentenceTransformer(str(real.TEACHER.folder()), device="cpu")
+    model = SentenceTransformer(str(teacher.folder()), device="cpu")
     model.max_seq_length = MAX_TOKENS
     with tempfile.TemporaryDirectory() as folder, ray_session(None):
-        for mix, (source, num_rows) in MIXES.items():
-            pairs = distinct_pairs(source, num_rows, Path(folder))
-            texts = [text for side in ("query", "passage") for text in pairs.read()[side].to_pylist()]
+        for source, num_rows in zip(SOURCES, arguments.rows, strict=False):
+            sides = {side: data.texts(source, side, num_rows) for side in ("query", "passage")}
+            pairs = write_pairs(pa.table(sides), source, folder)
+            texts = [*sides["query"], *sides["passage"]]
             runs: dict[str, list[float]] = defaultdict(list)
-            for number in range(ROUNDS):
-                made = run(pairs, Root(f"{folder}/{mix}-{number}"), num_rows)
+            for number in range(arguments.rounds):
+                made = run(teacher, pairs, Root(f"{folder}/{source}-{number}"))
                 runs["strata"].append(rate(made, cores))
-                for batch_size in BATCH_SIZES:
+                for batch_size in arguments.batch_sizes:
                     runs[f"encode, {batch_size} a batch"].append(encode(model, texts, batch_size))
                     pool = model.start_multi_process_pool(["cpu"] * cores)
                     encode(model, texts[:200], batch_size, pool)  # its start-up is not timed either
@@ -53,7 +61,7 @@ def main() -> None:
                     model.stop_multi_process_pool(pool)
             rates = {name: statistics.median(values) for name, values in runs.items()}
             theirs = max(value for name, value in rates.items() if name != "strata")
-            print(f"\n{mix}: {len(texts):,} texts of {source}, medians of {ROUNDS} rounds")
+            print(f"\n{len(texts):,} texts of {source}, medians of {arguments.rounds} rounds")
             for name, value in rates.items():
                 print(f"  {name:<28} {value:>8.1f} texts/s {rates['strata'] / value:>6.2f}")
             spent = made.stats["spent"]
@@ -67,23 +75,18 @@ def main() -> None:
     print(f"RESULT bench_embed ratio={worst:.3f}")
 
 
-def distinct_pairs(source: str, num_rows: int, folder: Path) -> Artifact:
-    """Pairs none of whose texts repeats, so that neither side gains by embedding a text once."""
-    table = pq.read_table(real.DATA / source / "train.parquet", columns=["query", "passage"])
-    seen: set[str] = set()
-    rows = []
-    for row in table.to_pylist():
-        if len(rows) < num_rows and not seen & set(row.values()):
-            seen |= set(row.values())
-            rows.append(row)
-    path = folder / f"{source}.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    inputs = [InputConfig(source=source, format="parquet", path=str(path))]
-    return ingest(IngestConfig(inputs=inputs), [], Root(str(folder / "pairs")))
+def write_pairs(table: pa.Table, source: str, folder: str) -> Artifact:
+    """Pairs of texts that do not repeat, so that neither side gains by embedding a text once."""
+    path = f"{folder}/{source}.parquet"
+    pq.write_table(table, path)
+    inputs = [InputConfig(source=source, format="parquet", path=path)]
+    pairs = ingest(IngestConfig(inputs=inputs), [], Root(f"{folder}/pairs"))
+    assert pairs.num_rows == table.num_rows
+    return pairs
 
 
-def run(pairs: Artifact, root: Root, num_rows: int) -> Artifact:
-    config = EmbedConfig(teacher=real.TEACHER, max_tokens=MAX_TOKENS, task_rows=-(-num_rows // TASKS))
+def run(teacher: ModelRef, pairs: Artifact, root: Root) -> Artifact:
+    config = EmbedConfig(teacher=teacher, max_tokens=MAX_TOKENS, task_rows=-(-pairs.num_rows // TASKS))
     return embed(config, pairs, root)
 
 

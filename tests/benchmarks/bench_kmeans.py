@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import command
 import faiss
 import numpy as np
-import real
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from clusterlib import kmeans
 
-ROWS = 200_000
 ITERATIONS = 20
 SOURCE = "law_ca"
-SAMPLES = (50, 100, 256, 500, 1000, 2000)
-SEEDS = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="of our side and FAISS's, in turn; medians are compared")
-    arguments = parser.parse_args()
-    points = np.concatenate([real.vectors(source, "query", 32) for source in real.sources()])
-    points = points[np.random.default_rng(0).permutation(len(points))[:ROWS]]
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--ks", type=int, nargs=2, default=[10, 1000], help="KMeans, which is slow, runs at the first")
+    parser.add_argument("--sample-ks", type=int, nargs="+", default=[10, 32])
+    parser.add_argument("--samples", type=int, nargs="+", default=[50, 100, 256, 500, 1000, 2000])
+    parser.add_argument("--seeds", type=int, default=8, help="of the fits on samples; their mean is shown")
+    arguments = command.parse(parser, rounds=1, rows=400, ks=[4, 50], sample_ks=[4], samples=[10, 50], seeds=1)
+    data = command.data(arguments)
+    points = np.concatenate([data.vectors(source, "query", 32) for source in data.sources()])
+    points = points[np.random.default_rng(0).permutation(len(points))[: arguments.rows]]
     print(f"{len(points):,} x {points.shape[1]}, {ITERATIONS} iterations")
     print(f"{'k':>5} {'side':<26} {'seconds':>8} {'inertia':>8}")
     worst = 0.0
-    for k, others in ((10, (KMeans, MiniBatchKMeans)), (1000, (MiniBatchKMeans,))):
+    for k, others in zip(arguments.ks, ((KMeans, MiniBatchKMeans), (MiniBatchKMeans,)), strict=True):
         ours: list[float] = []
         theirs: list[float] = []
         for _ in range(arguments.rounds * max(1, 50 // k)):  # a short fit's time scatters more
@@ -45,23 +48,22 @@ def main() -> None:
         for other in others:
             seconds, centroids = timed(by_sklearn, points, k, other)
             show(k, f"sklearn {other.__name__}", seconds, points, centroids)
-    sample_sizes()
+    sample_sizes(data.vectors(SOURCE, "query", 32), arguments.sample_ks, arguments.samples, arguments.seeds)
     print(f"RESULT bench_kmeans ratio={worst:.3f}")
 
 
-def sample_sizes() -> None:
+def sample_sizes(points: np.ndarray, ks: Sequence[int], samples: Sequence[int], seeds: int) -> None:
     """What a fit on a sample loses on all points of one source, as fits are by source."""
-    points = real.vectors(SOURCE, "query", 32)
     points = points[np.random.default_rng(0).permutation(len(points))]
     print(
-        f"\n{SOURCE}, {len(points):,} points: inertia by points per centroid over a fit on all; mean of {SEEDS} seeds"
+        f"\n{SOURCE}, {len(points):,} points: inertia by points per centroid over a fit on all; mean of {seeds} seeds"
     )
-    print(f"{'k':>5} {'all':>8} " + " ".join(f"{size:>7}" for size in SAMPLES))
-    for k in (10, 32):
-        whole = np.mean([inertia(points, kmeans.fit(points, k, ITERATIONS, seed).centroids) for seed in range(SEEDS)])
+    print(f"{'k':>5} {'all':>8} " + " ".join(f"{size:>7}" for size in samples))
+    for k in ks:
+        whole = np.mean([inertia(points, kmeans.fit(points, k, ITERATIONS, seed).centroids) for seed in range(seeds)])
         losses = []
-        for size in SAMPLES:
-            starts = np.linspace(0, len(points) - size * k, SEEDS).astype(int)
+        for size in samples:
+            starts = np.linspace(0, len(points) - size * k, seeds).astype(int)
             fits = [
                 kmeans.fit(points[start : start + size * k], k, ITERATIONS, seed) for seed, start in enumerate(starts)
             ]

@@ -4,21 +4,26 @@ The embeddings of the whole batch, their gradients and its tokens must be somewh
 at 16,384 pairs it alone would be 1 GiB, with its softmax and gradient 3.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import command
 import numpy as np
 import torch
+from tokens import open_store, write_shards
 
+from clusterlib.artifact import Root
 from train.clock import Clock
-from train.data import RankBatch, Side
 from train.gradcache import accumulate_gradient
-from train.loss import LossConfig, Pairs
+from train.loss import LossConfig
 from train.model import Encoder
 
-BATCHES = (1024, 4096, 16384)
 MICRO_BATCH = 64
+VOCABULARY = 1000
 QUERY_TOKENS, PASSAGE_TOKENS = 8, 16
 WIDTH = 128
 
@@ -38,7 +43,7 @@ def student() -> Encoder:
     from transformers import BertConfig, BertModel
 
     architecture = BertConfig(
-        vocab_size=1000,
+        vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -48,37 +53,49 @@ def student() -> Encoder:
     return Encoder(BertModel(architecture), "mean")
 
 
-def side(batch: int, num_tokens: int) -> Side:
-    ids = torch.randint(5, 1000, (batch, num_tokens))
-    return Side([(part, torch.ones_like(part)) for part in ids.split(MICRO_BATCH)], torch.arange(batch))
-
-
-def peak(batch: int) -> None:
+def peak(root: Root, batch: int) -> None:
     """Print this process's peak resident memory after one gradient, and before it, MiB."""
     torch.set_num_threads(1)
     learner = Learner(student())
-    accumulate_gradient(learner, rank_batch(MICRO_BATCH), LossConfig())
+    (shards,) = root.artifacts()
+    store = open_store(shards, Path(root.path) / "cache")
+
+    def step(num_rows: int) -> None:
+        tokens = store.read(np.arange(num_rows), rank=0, num_ranks=1, micro_batch_size=MICRO_BATCH)
+        accumulate_gradient(learner, tokens, LossConfig())
+
+    step(MICRO_BATCH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    accumulate_gradient(learner, rank_batch(batch), LossConfig())
+    step(batch)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before)
 
 
-def rank_batch(batch: int) -> RankBatch:
-    numbers = torch.arange(batch)
-    sides = (side(batch, QUERY_TOKENS), side(batch, PASSAGE_TOKENS))
-    return RankBatch(*sides, Pairs(numbers, numbers), batch * (QUERY_TOKENS + PASSAGE_TOKENS))
-
-
 def main() -> None:
-    if len(sys.argv) > 1:
-        peak(int(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--peak", help="folder of the pairs; run the first batch only; for this script itself")
+    arguments = command.parse(parser, batches=[128, 256])
+    if arguments.peak:
+        peak(Root(arguments.peak), arguments.batches[0])
         return
+    with tempfile.TemporaryDirectory() as folder:
+        generator = np.random.default_rng(0)
+        sides = [
+            list(generator.integers(5, VOCABULARY, (max(arguments.batches), num_tokens)))
+            for num_tokens in (QUERY_TOKENS, PASSAGE_TOKENS)
+        ]
+        open_store(write_shards(Root(folder), *sides), Path(folder) / "cache")  # cached for all
+        measure(arguments.batches, folder)
+
+
+def measure(batches: list[int], folder: str) -> None:
     print(f"student 2x{WIDTH}, micro-batch {MICRO_BATCH}, {QUERY_TOKENS}/{PASSAGE_TOKENS} tokens, float32, MiB")
     print(f"{'batch':>8} {'peak':>8} {'of it before':>13} {'embeddings':>11} {'tokens':>8} {'one score matrix':>17}")
     peaks, embeddings = [], []
-    for batch in BATCHES:
-        output = subprocess.run([sys.executable, __file__, str(batch)], capture_output=True, text=True, check=True)
-        highest, before = map(float, output.stdout.split())
+    for batch in batches:
+        words = [sys.executable, __file__, "--batches", str(batch), "--peak", folder]
+        output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+        highest, before = map(float, output.split())
         vectors = 2 * batch * WIDTH * 4 / 2**20
         tokens = 2 * batch * (QUERY_TOKENS + PASSAGE_TOKENS) * 8 / 2**20
         matrix = batch**2 * 4 / 2**20

@@ -8,9 +8,11 @@ which other work on the machine disturbs less; `seconds` passed on the wall.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import time
 
+import command
 import numpy as np
 import pyarrow as pa
 
@@ -19,33 +21,36 @@ from clusterlib.shards import ShardIndex
 from clusterlib.tables import INDEX
 from clusterlib.tree import build
 
-NUM_ROWS = 1_000_000_000
 SOURCES = {"forum": 0.1, "news": 0.2, "papers": 0.3, "web": 0.4}  # share of the rows
-LEAVES_PER_SOURCE = 2500
-ROWS_PER_FILE = 250_000
-BATCH_SIZE = 4096
-NUM_SEEKS = 200
 ONE_STRATUM_IN = 10  # of the other side
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000_000)
+    parser.add_argument("--leaves", type=int, default=2500, help="of each source")
+    parser.add_argument("--file-rows", type=int, default=250_000)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--seeks", type=int, default=200)
+    arguments = command.parse(parser, rows=100_000, leaves=20, file_rows=5_000, batch=64, seeks=5)
+    num_rows, num_leaves, batch_size = arguments.rows, arguments.leaves, arguments.batch
+
     generator = np.random.default_rng(0)
-    trees = {source: build(generator.standard_normal((LEAVES_PER_SOURCE, 8)), np.ones(LEAVES_PER_SOURCE))[0]
-             for source in SOURCES}  # fmt: skip
-    table, num_files = index_table(generator)
-    print(f"{NUM_ROWS:,} rows, {len(SOURCES)} sources, {num_files:,} files, {table.num_rows:,} runs")
+    trees = {source: build(generator.standard_normal((num_leaves, 8)), np.ones(num_leaves))[0] for source in SOURCES}
+    table, num_files = index_table(generator, num_rows, num_leaves, arguments.file_rows)
+    print(f"{num_rows:,} rows, {len(SOURCES)} sources, {num_files:,} files, {table.num_rows:,} runs")
     table_gib = table.nbytes / 2**30
     before = peak_gib()
 
     started, cpu_started = time.perf_counter(), time.process_time()
     index = ShardIndex(table, trees)
     opened = time.perf_counter() - started
-    plan = Plan(index, BatchingConfig(strategy="cluster", global_batch_size=BATCH_SIZE))
+    plan = Plan(index, BatchingConfig(strategy="cluster", global_batch_size=batch_size))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     (phase,) = plan.phases
-    assert index.num_rows == NUM_ROWS and len(phase.strata) == len(SOURCES) * LEAVES_PER_SOURCE
+    assert index.num_rows == num_rows and len(phase.strata) == len(SOURCES) * num_leaves
 
-    steps = generator.integers(0, 3 * phase.num_batches, NUM_SEEKS).tolist()
+    steps = generator.integers(0, 3 * phase.num_batches, arguments.seeks).tolist()
     planned, located = [], []
     for step in steps:
         started = time.perf_counter()
@@ -56,8 +61,8 @@ def main() -> None:
     gib = peak_gib()
     sizes = np.array([stratum.num_rows for stratum in phase.strata])
     part = sizes[::ONE_STRATUM_IN]
-    scale = NUM_ROWS / part.sum()
-    their_seconds, their_gib = (scale * value for value in materialize(part, generator))
+    scale = num_rows / part.sum()
+    their_seconds, their_gib = (scale * value for value in materialize(part, batch_size, generator))
 
     seek, place = float(np.median(planned)), float(np.median(located))
     print(f"{len(sizes):,} strata of {sizes.min():,} to {sizes.max():,} rows, {phase.num_batches:,} batches an epoch")
@@ -75,14 +80,16 @@ def main() -> None:
     )
 
 
-def index_table(generator: np.random.Generator) -> tuple[pa.Table, int]:
+def index_table(
+    generator: np.random.Generator, total_rows: int, num_leaves: int, file_rows: int
+) -> tuple[pa.Table, int]:
     """A table of schema INDEX, leaves of unequal sizes (log-normal, sigma 1) spread evenly over a source's files."""
     tables = []
     first_file = 0
     for source, share in sorted(SOURCES.items()):
-        num_rows = round(share * NUM_ROWS)
-        files = num_rows // ROWS_PER_FILE
-        weights = generator.lognormal(size=LEAVES_PER_SOURCE)
+        num_rows = round(share * total_rows)
+        files = num_rows // file_rows
+        weights = generator.lognormal(size=num_leaves)
         edges = np.round(np.cumsum(weights) / weights.sum() * num_rows).astype(np.int64)
         sizes = np.diff(edges, prepend=0)[:, None]
         counts = np.diff(sizes * np.arange(files + 1) // files)  # [leaf, file]
@@ -101,14 +108,14 @@ def index_table(generator: np.random.Generator) -> tuple[pa.Table, int]:
     return pa.concat_tables(tables), first_file
 
 
-def materialize(sizes: np.ndarray, generator: np.random.Generator) -> tuple[float, float]:
+def materialize(sizes: np.ndarray, batch_size: int, generator: np.random.Generator) -> tuple[float, float]:
     """CPU seconds and GiB of one epoch's batches made whole, an array [batches, rows] of shuffled row numbers."""
     started = time.process_time()
     starts = np.cumsum(sizes) - sizes
     pieces = []
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
         rows = start + generator.permutation(size)
-        pieces.append(rows[: size // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE))
+        pieces.append(rows[: size // batch_size * batch_size].reshape(-1, batch_size))
     batches = np.concatenate(pieces)
     batches = batches[generator.permutation(len(batches))]
     return time.process_time() - started, batches.nbytes / 2**30

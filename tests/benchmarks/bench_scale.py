@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import command
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import real
 from memory import PeakMemory
 
 from clusterlib.artifact import Artifact, Root, Spec
@@ -35,15 +35,18 @@ TOPICS = 64  # that the vectors of a source gather around
 WORDS = sorted(set(re.findall("[a-z]+", __doc__)))
 QUERY_WORDS, PASSAGE_WORDS = 4, 8
 PART_ROWS, ROW_GROUP_ROWS = 16_384, 8192  # as embed has them
-CLUSTER = ClusterConfig(num_leaves=100)
-SHARD = ShardConfig(tokenizer=TokenizerRef(name=real.TEACHER.name), query_max_tokens=16, passage_max_tokens=32)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=20_000_000)
-    num_rows = parser.parse_args().rows
-    print(f"{num_rows:,} rows of {len(SOURCES)} sources, {WIDTH} dimensions, {CLUSTER.num_leaves} leaves a source")
+    parser.add_argument("--leaves", type=int, default=100, help="of each source")
+    arguments = command.parse(parser, rows=2000, leaves=4)
+    num_rows = arguments.rows
+    cluster_config = ClusterConfig(num_leaves=arguments.leaves)
+    tokenizer = TokenizerRef(name=command.data(arguments).teacher().name)
+    shard_config = ShardConfig(tokenizer=tokenizer, query_max_tokens=16, passage_max_tokens=32)
+    print(f"{num_rows:,} rows of {len(SOURCES)} sources, {WIDTH} dimensions, {arguments.leaves} leaves a source")
     print(f"{'stage':<10} {'seconds':>8} {'rows/s':>10} {'files':>7} {'MiB':>7} {'peak MiB':>9}")
     total_seconds, peak_bytes = 0.0, 0
 
@@ -66,8 +69,8 @@ def main() -> None:
         root = Root(folder)
         embeddings = write_embeddings(root, num_rows)
         with ray_session(None):
-            centroids = timed(lambda: cluster(CLUSTER, embeddings, root))
-            shards = timed(lambda: shard(SHARD, embeddings, centroids, root))
+            centroids = timed(lambda: cluster(cluster_config, embeddings, root))
+            shards = timed(lambda: shard(shard_config, embeddings, centroids, root))
         assert shards.num_rows == num_rows
     print(f"RESULT bench_scale rows={num_rows} gib={peak_bytes / 2**30:.2f} seconds={total_seconds:.0f}")
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,23 +24,23 @@ from memory import PeakMemory
 SIDES = ("strata", "ray sort", "partitioned")
 BLOCK_ROWS = 65_536
 PAYLOAD_TOKENS = 64
-SIZES = (1_000_000, 4_000_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 4_000_000])
+    parser.add_argument("--ks", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--side", choices=SIDES, help="run one side and print what it took; for this script itself")
     parser.add_argument("--folder")
     parser.add_argument("--out")
-    arguments = parser.parse_args()
+    arguments = command.parse(parser, sizes=[2000], ks=[4])
     if arguments.side:
         print(json.dumps(run_side(arguments.side, Path(arguments.folder), Path(arguments.out))))
         return
     print(f"{'rows':>10} {'k':>6} {'side':<12} {'rows/s':>10} {'peak MiB':>9} {'files':>7} {'MiB':>7}")
     ratios = []
     for num_rows in arguments.sizes:
-        for k in (10, 1000):
+        for k in arguments.ks:
             rates = {}
             with tempfile.TemporaryDirectory() as folder:
                 write_blocks(Path(folder) / "in", num_rows, k)

@@ -20,13 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
+import command
 import torch
 import torch.distributed as dist
-from real import TEACHER, texts
+from tokens import open_store, write_shards
+
+from clusterlib.artifact import Artifact, Root
+from clusterlib.plan import BatchingConfig, Plan
+from train.data import shard_index
 
 WARM_UP = 2  # the first steps compile
 TEMPERATURE = 0.05
@@ -46,20 +48,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--side", choices=("ours", "compiled", "theirs"), help="be one process of a side; for this script itself"
     )
-    return parser.parse_args()
+    return command.parse(parser, batch=8, micro_batch=4, query_tokens=8, passage_tokens=16, rounds=1)
 
 
 def tokenized(options: argparse.Namespace) -> dict[str, list[list[int]]]:
     """Token ids of the first pairs, as many as all steps need."""
     from train.model import TokenizerRef
 
-    tokenizer = TokenizerRef(name=TEACHER.name).load()
+    data = command.data(options)
+    tokenizer = TokenizerRef(name=data.teacher().name).load()
     count = options.batch * (WARM_UP + options.rounds)
     limits = {"query": options.query_tokens, "passage": options.passage_tokens}
     return {
-        side: tokenizer(texts(SOURCE, side, count), truncation=True, max_length=limit)["input_ids"]
+        side: tokenizer(data.texts(SOURCE, side, count), truncation=True, max_length=limit)["input_ids"]
         for side, limit in limits.items()
     }
+
+
+def planned(shards: Artifact, options: argparse.Namespace) -> Plan:
+    """The batches of both sides."""
+    return Plan(shard_index(shards), BatchingConfig(strategy="random", global_batch_size=options.batch))
 
 
 def backbone():
@@ -81,7 +89,6 @@ def wait_for_turn() -> None:
 
 def ours(options: argparse.Namespace) -> None:
     """Take a step for each line on stdin; print its seconds and those spent on data."""
-    from train.data import TokenStore
     from train.engine import Engine, OptimizerConfig
     from train.loop import Progress, TrainConfig, fit
     from train.loss import LossConfig
@@ -89,7 +96,6 @@ def ours(options: argparse.Namespace) -> None:
 
     dist.init_process_group("gloo")
     tokens = tokenized(options)
-    count = len(tokens["query"])
     config = TrainConfig(
         student={"architecture": {}},
         loss=LossConfig(temperature=TEMPERATURE),
@@ -101,28 +107,15 @@ def ours(options: argparse.Namespace) -> None:
     if options.side == "compiled":
         student.compile(dynamic=True)
     engine = Engine(Encoder(student, "mean"), config.optimizer, "fp32", 0, options.batch // options.processes)
-    one_file = SimpleNamespace(locate=lambda rows: (np.zeros(len(rows), np.int64), rows))
-    batches = np.random.default_rng(0).permutation(count).reshape(-1, options.batch)
-    plan = SimpleNamespace(
-        step=lambda step, *_: SimpleNamespace(rows=batches[step], label="all", phase=0, epoch=0),
-        mining=lambda *_: None,
-    )
 
     def on_step(progress: Progress) -> None:
         print("STEP", progress.records[-1]["step_seconds"], progress.records[-1]["data_seconds"], flush=True)
         wait_for_turn()
 
     with tempfile.TemporaryDirectory() as folder:
-        table = pa.table(
-            {
-                "query_id": pa.array(range(count), pa.uint64()),
-                "passage_id": pa.array(range(count), pa.uint64()),
-                **{f"{side}_tokens": pa.array(tokens[side], pa.list_(pa.uint16())) for side in tokens},
-            }
-        )
-        with pa.ipc.new_file(Path(folder) / "000000.arrow", table.schema) as writer:
-            writer.write_table(table)
-        store = TokenStore(Path(folder), one_file, pad_token_id=0)
+        shards = write_shards(Root(folder), **tokens)
+        store = open_store(shards, Path(folder) / "cache")
+        plan = planned(shards, options)
         ready()
         fit(engine, plan, store, config, Progress(), lambda *_: None, on_step, lambda _: None)
 
@@ -138,7 +131,7 @@ def theirs(options: argparse.Namespace) -> None:
     tokens = tokenized(options)
     with tempfile.TemporaryDirectory() as folder:
         backbone().save_pretrained(folder)
-        TokenizerRef(name=TEACHER.name).load().save_pretrained(folder)
+        TokenizerRef(name=command.data(options).teacher().name).load().save_pretrained(folder)
         transformer = Transformer(folder)
     student = SentenceTransformer(modules=[transformer, Pooling(256, pooling_mode="mean"), Normalize()], device="cpu")
     student.train()
@@ -151,9 +144,12 @@ def theirs(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     dist.init_process_group("gloo")  # not sooner: of several ranks only the first would have saved the student
     share = options.batch // options.processes
-    batches = np.random.default_rng(0).permutation(len(tokens["query"])).reshape(-1, options.processes, share)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = planned(write_shards(Root(folder), **tokens), options)
+    steps = WARM_UP + options.rounds
+    batches = [plan.step(step, steps).rows[dist.get_rank() * share :][:share] for step in range(steps)]
     ready()
-    for batch in batches[:, dist.get_rank()]:
+    for batch in batches:
         features = []
         for side in ("query", "passage"):
             taken = [torch.tensor(tokens[side][row]) for row in batch]

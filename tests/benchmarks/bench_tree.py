@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 
+import command
 import numpy as np
-import real
 
 from clusterlib import kmeans, tree
 from clusterlib.diagnostics import imbalance
 
-CUTS = (5, 10, 20, 50, 100, 200)
 ITERATIONS = 20
 SEEDS = 2
 
@@ -24,18 +23,19 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["law_ca", "cpp_docs", "squad"])
     parser.add_argument("--rows", type=int, default=10_000, help="passages of each source")
     parser.add_argument("--leaves", type=int, default=200)
-    arguments = parser.parse_args()
+    parser.add_argument("--cuts", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200])
+    arguments = command.parse(parser, sources=["made up"], rows=300, leaves=20, cuts=[5, 10])
     print(f"{arguments.leaves} leaves, {arguments.rows:,} passages of each source, all-MiniLM-L6-v2")
     print(f"{'source':<10} {'k':>4} {'flat':>9} {'tree':>9} {'ratio':>7} {'imbalance':>10} {'of the tree':>12}")
     worst = 0.0
     for source in arguments.sources:
-        points = real.vectors(source, "passage", 64, arguments.rows)
+        points = command.data(arguments).vectors(source, "passage", 64, arguments.rows)
         leaves = best_fit(points, arguments.leaves)
         sizes = np.bincount(leaves, minlength=arguments.leaves)
         means = np.stack([points[leaves == leaf].mean(axis=0) for leaf in range(arguments.leaves)])
         merges, order = tree.build(means, sizes)
         place = np.argsort(order)[leaves]
-        for k in CUTS:
+        for k in arguments.cuts:
             flat = best_fit(points, k)
             starts = [node.first_leaf for node in merges.cut(k)]
             cut = np.searchsorted(starts, place, side="right") - 1

