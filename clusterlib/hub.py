@@ -14,6 +14,11 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 10
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state for ever, as branches and tags do not."""
+    return bool(revision and _COMMIT.fullmatch(revision))
+
+
 @functools.cache
 def commit(name: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:
     """The commit that a name (or a branch or tag of it) stands for now; asked for once in a process.
@@ -26,7 +31,7 @@ def commit(name: str, revision: str | None, kind: Literal["model", "dataset"] = 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    if revision and _COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
     try:
         return str(HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=_TIMEOUT_SECONDS).sha)
