@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from pathlib import Path
 from typing import Literal
 
 from clusterlib.errors import StrataError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_TIMEOUT_SECONDS = 10
 
 
 def is_commit(revision: str | None) -> bool:
@@ -23,49 +21,30 @@ def is_commit(revision: str | None) -> bool:
 def commit(name: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:
     """The commit that a name (or a branch or tag of it) stands for now; asked for once in a process.
 
-    Where the hub does not answer it is the one in this machine's cache of the hub, or None. A line says so.
+    Where the hub does not answer it is the one that this machine's cache has seen last, or None; either is said on
+    stderr.
 
     Raises:
-        StrataError: the hub answers that there is no such thing, and the cache has none.
+        StrataError: the hub answers that there is no such thing, or does not show it to this user.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
 
-    if is_commit(revision):
-        return revision
-    try:
-        return str(HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=_TIMEOUT_SECONDS).sha)
-    except HFValidationError as error:
-        raise StrataError(f"{name}: no name of a {kind} on the hub ({error})") from error
-    except RevisionNotFoundError as error:
-        raise StrataError(f"{name}: the hub has it, but no revision {revision!r}") from error
-    except (OSError, HTTPError) as error:  # private ones look absent without a token, yet may be in the cache
-        refused = error
-    found = _cached(name, revision or "main", kind)
-    if found is None and isinstance(refused, RepositoryNotFoundError):
-        raise StrataError(
-            f"{name}: no such {kind} on the hub, or none for you; check the name, or set HF_TOKEN"
-        ) from refused
     asked = f"{name} at {revision}" if revision else name
-    taken = (
-        f"{found}, the one in this machine's cache, is taken"
-        if found
-        else "its name alone stands for it, and a change there goes unseen; set its revision"
-    )
-    reason = (str(refused).splitlines() or [""])[0]
-    print(
-        f"{asked}: the hub does not say which commit it is at ({type(refused).__name__}: {reason}); {taken}",
-        file=sys.stderr,
-    )
-    return found
-
-
-def _cached(name: str, revision: str, kind: str) -> str | None:
-    """As laid out in https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
-    from huggingface_hub import constants
-
-    folder = "--".join((f"{kind}s", *name.split("/")))
     try:
-        return Path(constants.HF_HUB_CACHE, folder, "refs", revision).read_text(encoding="ascii").strip()
-    except OSError:
+        # Logs a warning of its own where the cache stands in for the hub. As a str it is what was asked for.
+        return HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
+    except RevisionResolutionError:
+        print(
+            f"{asked}: the hub does not say which commit this {kind} is at; its name alone stands for it, and a change "
+            "there goes unseen (set its revision to a commit)",
+            file=sys.stderr,
+        )
         return None
+    except HFValidationError as error:
+        raise StrataError(f"{name}: neither a local folder nor the name of a {kind} on the hub") from error
+    except (HTTPError, OSError) as error:
+        raise StrataError(
+            f"{asked}: the hub does not give this {kind} ({str(error).partition(chr(10))[0]}); check its name and "
+            "revision, and HF_TOKEN where it is private"
+        ) from error

@@ -1,13 +1,10 @@
+import logging
 from types import SimpleNamespace
 
+import httpx2
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import (
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
 from clusterlib import hub
 from clusterlib.errors import StrataError
@@ -15,38 +12,31 @@ from clusterlib.errors import StrataError
 COMMIT, OTHER = "c" * 40, "d" * 40
 
 
-def refusal(kind, text="refused"):
-    """One of the hub's own errors, without the answer it would carry."""
-    error = kind.__new__(kind)
-    error.args = (text,)
-    return error
-
-
 @pytest.fixture
-def answers(monkeypatch):
-    """What a stand-in for the hub answers: (name, revision) -> commit or error; and what it was asked."""
+def answers(monkeypatch, tmp_path):
+    """What a stand-in for the hub answers: (name, revision) -> commit or error; and what it was asked. The cache of
+    this machine knows owner/model alone, as it was at OTHER."""
     hub.commit.cache_clear()
     found, asked = {}, []
 
-    def repo_info(self, name, *, revision=None, repo_type=None, timeout=None):
-        asked.append((name, revision, repo_type))
-        answer = found[name, revision]
+    def repo_info(self, repo_id, *, revision=None, repo_type=None, token=None):
+        asked.append((repo_id, revision, repo_type))
+        answer = found[repo_id, revision]
         if isinstance(answer, Exception):
             raise answer
         return SimpleNamespace(sha=answer)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "models--owner--model" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(OTHER)
     yield found, asked
     hub.commit.cache_clear()
 
 
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """A cache of the hub on this machine that holds owner/model at OTHER, as `main`."""
-    folder = tmp_path / "models--owner--model"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(OTHER)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def refused(kind, status):
+    return kind("refused", response=httpx2.Response(status, request=httpx2.Request("GET", "https://hub")))
 
 
 def test_a_name_or_a_branch_is_its_commit_asked_for_once(answers):
@@ -62,35 +52,30 @@ def test_a_commit_needs_no_hub(answers):
     assert hub.commit("owner/model", COMMIT) == COMMIT and answers[1] == []
 
 
-@pytest.mark.parametrize("error", [refusal(OfflineModeIsEnabled, "offline"), OSError("no route"), TimeoutError("late")])
-def test_without_a_hub_the_machines_own_cache_says_it_and_a_line_tells_so(answers, cached, capsys, error):
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline"), httpx2.ConnectError("no"), httpx2.ReadTimeout("")])
+def test_without_a_hub_the_machines_own_cache_says_it_and_a_line_tells_so(answers, capsys, caplog, monkeypatch, error):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     answers[0].update({("owner/model", None): error, ("owner/model", "dev"): error})
     for _ in range(2):
         assert hub.commit("owner/model", None) == OTHER
         assert hub.commit("owner/model", "dev") is None
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("owner/model: the hub does not say which commit it is at") and OTHER in lines[0]
-    assert lines[1].startswith("owner/model at dev: the hub does not say") and "a change there goes unseen" in lines[1]
+    (record,) = caplog.records
+    assert "Using cached commit hash for 'owner/model'" in record.getMessage()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("owner/model at dev: the hub does not say") and "a change there goes unseen" in line
 
 
-def test_a_private_model_is_found_in_the_cache(answers, cached):
-    answers[0]["owner/model", None] = refusal(RepositoryNotFoundError)
-    assert hub.commit("owner/model", None) == OTHER
-
-
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (refusal(RepositoryNotFoundError), "no/such: no such model on the hub, or none for you"),
-        (refusal(RevisionNotFoundError), "no/such: the hub has it, but no revision 'v2'"),
-        (refusal(HFValidationError, "Repo id must use"), "no/such: no name of a model on the hub"),
-    ],
-)
-def test_what_is_not_there_is_told_at_once(answers, cached, error, message):
-    answers[0]["no/such", "v2"] = error
-    with pytest.raises(StrataError, match=message):
+@pytest.mark.parametrize("kind, status", [(RepositoryNotFoundError, 401), (RevisionNotFoundError, 404)])
+def test_what_the_hub_does_not_give_is_told_at_once(answers, kind, status):
+    answers[0]["no/such", "v2"] = refused(kind, status)
+    with pytest.raises(StrataError, match=r"no/such at v2: the hub does not give this model \(refused.*HF_TOKEN"):
         hub.commit("no/such", "v2")
+
+
+@pytest.mark.parametrize("name", ["no such name", "a..b", "-"])
+def test_what_is_no_name_is_told_at_once(answers, name):
+    with pytest.raises(StrataError, match=f"{name}: neither a local folder nor the name of a model on the hub"):
+        hub.commit(name, None)
 
 
 def test_data_sets_are_asked_for_as_such(answers):
