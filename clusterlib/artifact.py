@@ -35,7 +35,7 @@ class Spec:
         config: settings by name, plain data or models. The fingerprint covers `Config.content` of these; the
             manifest shows them whole.
         inputs: kind -> fingerprint of the artifacts it reads.
-        origin: what identifies data from outside the root (file names, sizes, times, versions).
+        origin: what identifies data from outside the root (names and digests of files, versions).
     """
 
     kind: str

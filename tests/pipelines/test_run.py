@@ -296,7 +296,7 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
     names = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        shutil.copy2(pairs_file, tmp_path / place / "pairs.jsonl")
+        shutil.copy(pairs_file, tmp_path / place / "pairs.jsonl")  # at another time
         config = load_recipe(str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"})
         names.append(Chain(config).pairs.name)
     assert names[0] == names[1]
@@ -329,3 +329,14 @@ def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path
     commits["owner/one"] = "4" * 40  # it moves on, and the next run sees it
     later = Run(config, Root(str(tmp_path))).arms
     assert later["other"].embeddings.name in names and later["same"].embeddings.name not in names
+
+
+def test_arms_that_differ_in_what_they_do_not_use_are_one_model(recipe):
+    arms = {
+        "one": {"batching.strategy": "random"},
+        "two": {"batching.strategy": "random", "batching.k": 4},
+        "three": {},
+    }
+    chains = [Chain(config) for config in load_recipe(str(recipe), {"arms": arms}).arm_configs().values()]
+    names = [chain.model.name for chain in chains]
+    assert names[0] == names[1] != names[2]
