@@ -102,7 +102,7 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
 
 @dataclass(frozen=True)
 class Chain:
-    """The specs of an arm's artifacts, each made from the ones before; of inputs and models only what tells them apart is read."""
+    """The specs of an arm's artifacts, each made from the ones before; inputs and models are only told apart."""
 
     config: RunConfig
 

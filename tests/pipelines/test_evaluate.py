@@ -1,12 +1,13 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from clusterlib.artifact import Root
 from clusterlib.errors import StrataError
-from pipelines.evaluate import BASELINES, EvaluateConfig, _load, _local_task, evaluate
+from pipelines.evaluate import BASELINES, EvaluateConfig, _load, _local_task, evaluate, scores_spec
 from pipelines.retrieval_tests import RetrievalTestConfig, read_test
 from train.model import ModelRef
 
@@ -112,3 +113,13 @@ def test_mteb_registers_every_baseline_and_none_has_weights():
     for name in BASELINES:
         meta = mteb.get_model_meta(name)
         assert meta.name == name and not meta.n_parameters and not meta.loader_kwargs
+
+
+def test_an_edit_of_a_models_pooling_makes_other_scores(config, teacher_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(teacher_folder, folder)
+    before = scores_spec(config, "run", ModelRef(name=str(folder))).name
+    assert scores_spec(config, "run", ModelRef(name=str(teacher_folder))).name == before
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text().replace('"cls"', '"mean"'))
+    assert scores_spec(config, "run", ModelRef(name=str(folder))).name != before
