@@ -35,7 +35,7 @@ class Spec:
         config: settings by name, plain data or models. The fingerprint covers `Config.content` of these; the
             manifest shows them whole.
         inputs: kind -> fingerprint of the artifacts it reads.
-        origin: what identifies data from outside the root (file names, sizes, times, versions).
+        origin: what identifies data from outside the root (names and digests of files, versions).
     """
 
     kind: str
@@ -44,8 +44,9 @@ class Spec:
     inputs: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
+        """Of what is there when it is first asked for; it travels with the spec to other machines."""
         return fingerprint({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @property

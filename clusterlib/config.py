@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_origin
 
@@ -39,20 +39,27 @@ class Config(BaseModel):
         Args:
             folder: absolute path or URI where relative paths of data start.
         """
-        return self.model_copy(update={name: _located(value, folder) for name, value in self})
+        return self.model_copy(
+            update={name: _each(value, lambda config: config.located(folder)) for name, value in self}
+        )
+
+    def pinned(self) -> Self:
+        """A copy whose names on a hub stand for what they are at now; the hub is asked."""
+        return self.model_copy(update={name: _each(value, lambda config: config.pinned()) for name, value in self})
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with `changes` applied."""
         return type(self).model_validate({**self.model_dump(), **changes})
 
 
-def _located(value: Any, folder: str) -> Any:
+def _each(value: Any, change: Callable[[Config], Config]) -> Any:
+    """`value` with every model inside it changed."""
     if isinstance(value, Config):
-        return value.located(folder)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _located(item, folder) for key, item in value.items()}
+        return {key: _each(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_located(item, folder) for item in value)
+        return type(value)(_each(item, change) for item in value)
     return value
 
 

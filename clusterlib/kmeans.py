@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,18 +47,23 @@ def field_vectors(table: pa.Table, field: ClusterField) -> np.ndarray:
     return matrix
 
 
-def fit(vectors: np.ndarray, k: int, num_iterations: int, seed: int) -> Fit:
+def fit(vectors: np.ndarray, k: int, num_iterations: int, seed: int, gpu: bool = False) -> Fit:
     """Spherical k-means of all of `vectors` (Dhillon & Modha 2001, doi:10.1023/A:1007612920971), by FAISS.
-
-    It runs on GPUs when faiss-gpu is installed and a GPU is there.
 
     Args:
         vectors: float32 [n, D], unit norm, n >= k.
+        gpu: whether to use the GPUs that this process sees; they are left alone otherwise.
 
     Raises:
-        StrataError: k is larger than n, or both faiss-cpu and faiss-gpu are installed.
+        StrataError: k is larger than n, FAISS can use no GPU though one is asked for, or both faiss-cpu and faiss-gpu
+            are installed.
     """
     faiss = _faiss()
+    if gpu and not getattr(faiss, "get_num_gpus", int)():
+        raise StrataError(
+            f"cluster.gpus_per_worker is more than 0, and this worker's node, {platform.node()}, has no GPU that FAISS "
+            "can use; install 'strata[gpu]' there in a fresh environment, or set it to 0"
+        )
     num_vectors, width = vectors.shape
     if k > num_vectors:
         raise StrataError(f"k={k} is larger than the {num_vectors} vectors to cluster; set at most {num_vectors}")
@@ -70,7 +76,7 @@ def fit(vectors: np.ndarray, k: int, num_iterations: int, seed: int) -> Fit:
         niter=num_iterations,
         seed=seed,
         spherical=True,
-        gpu=bool(getattr(faiss, "get_num_gpus", int)()),
+        gpu=gpu,
         min_points_per_centroid=1,
         max_points_per_centroid=-(-num_vectors // k),
     )

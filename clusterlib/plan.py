@@ -17,7 +17,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -40,6 +40,12 @@ class PhaseConfig(Config):
     fraction: float = Field(..., gt=0, le=1, description="share of the run's steps; those of all phases add up to 1")
     strategy: Strategy | None = Field(None, description="by default batching.strategy")
     k: int | None = Field(None, ge=1, description="by default batching.k")
+
+    def content(self) -> dict[str, Any]:
+        content = super().content()
+        if not self.has_clusters:
+            del content["k"]
+        return content
 
     @property
     def title(self) -> str:
@@ -127,6 +133,24 @@ class BatchingConfig(Config):
                 "batch mixes all sources; use another strategy, or set neither"
             )
         return self
+
+    def content(self) -> dict[str, Any]:
+        """What the batches depend on: settings that no phase uses, or that say what is so by default, are left out."""
+        content, schedule = super().content(), self.schedule()
+        strategies = {phase.strategy for phase in schedule}
+        del content["strategy"], content["k"]
+        content["phases"] = [phase.content() for phase in schedule]
+        content["source_weights"] = {source: weight for source, weight in self.source_weights.items() if weight != 1}
+        if self.max_source_fraction == 1:
+            content["max_source_fraction"] = None
+        for name, users in (
+            ("clusters_per_batch", {"topic"}),
+            ("neighbors", {"neighbors"}),
+            ("leftover", {"cluster", "topic"}),
+        ):
+            if not strategies & users:
+                del content[name]
+        return content
 
     def schedule(self) -> list[PhaseConfig]:
         """The phases, nothing left to default; one, of all steps, when none are set."""

@@ -21,6 +21,8 @@ from clusterlib.permutation import mix
 from clusterlib.tables import centroids_schema, fixed_size_list
 from pipelines.stage import Task, Workers, largest_node_bytes, make
 
+_LAST_SEED = 2**31 - 1  # FAISS takes an int32
+
 
 class ClusterConfig(Config):
     """Spherical k-means of each source's pairs."""
@@ -42,10 +44,10 @@ class ClusterConfig(Config):
         description="fits of each source, from different seeds; the tightest is kept, and how well they agree is in "
         "the manifest",
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=_LAST_SEED)
 
     cpus_per_worker: float = runtime(1, gt=0)
-    gpus_per_worker: float = runtime(0, ge=0, description="needs faiss-gpu")
+    gpus_per_worker: float = runtime(0, ge=0, description="needs faiss-gpu; 0 stays on the CPU")
 
 
 def centroids_spec(config: ClusterConfig, embeddings: str) -> Spec:
@@ -119,8 +121,8 @@ class _Worker:
         vectors = sample(self._embeddings, source, num_pairs, num_leaves * config.points_per_centroid, config)
         num_leaves = min(num_leaves, len(vectors))
         fits = [
-            kmeans.fit(vectors, num_leaves, config.num_iterations, config.seed + number)
-            for number in range(config.num_fits)
+            kmeans.fit(vectors, num_leaves, config.num_iterations, seed & _LAST_SEED, gpu=config.gpus_per_worker > 0)
+            for seed in range(config.seed, config.seed + config.num_fits)
         ]
         assigned = [kmeans.assign(vectors, fit.centroids) for fit in fits]
         best = max(range(len(fits)), key=lambda number: float(assigned[number][1].sum()))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,15 +32,18 @@ class EmbedConfig(Config):
     max_tokens: int | None = Field(None, ge=3, description="longer texts are cut; by default at the model's own limit")
     query_prompt: str | None = Field(None, description="put before each query; by default the model's own prompt")
     passage_prompt: str | None = Field(None, description="put before each passage; by default the model's own")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the teacher's weights and arithmetic; bf16 is several times as fast on GPUs"
+    )
 
     min_workers: int = runtime(1, ge=1, description="processes to start with; more follow while tasks wait")
     max_workers: int | None = runtime(None, ge=1, description="processes; by default as many as there is room for")
     cpus_per_worker: float = runtime(1, gt=0)
-    gpus_per_worker: float = runtime(0, ge=0, description="1 or a share of one on GPU nodes; bf16 there")
+    gpus_per_worker: float = runtime(0, ge=0, description="1 or a share of one on GPU nodes; 0 stays on the CPU")
     batch_tokens: int | None = runtime(
         None,
         ge=1,
-        description="tokens, padding included, encoded at once; by default 16,384 on a GPU and 1,024 on a CPU",
+        description="tokens, padding included, encoded at once; by default 16,384 with GPUs and 1,024 without",
     )
     task_rows: int = runtime(16_384, ge=1, description="rows a task embeds before it signs for them")
 
@@ -82,12 +86,22 @@ class Teacher:
 
     Attributes:
         spent: what `encode` has cost so far: num_tokens, padding_tokens, tokenize_seconds, forward_seconds.
+        batch_tokens: padding included, encoded at once.
+
+    Raises:
+        StrataError: the teacher cannot be loaded, or a GPU was asked for and there is none.
     """
 
     def __init__(self, config: EmbedConfig) -> None:
         from sentence_transformers import SentenceTransformer
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Ray shows a node's GPUs to workers that asked for none as well.
+        device = "cuda" if config.gpus_per_worker else "cpu"
+        if config.gpus_per_worker and not torch.cuda.is_available():
+            raise StrataError(
+                f"embed.gpus_per_worker={config.gpus_per_worker:g}: this worker's node, {platform.node()}, has no GPU "
+                "that torch can use though Ray counts one there; install a driver and a torch with CUDA, or set it to 0"
+            )
         # A folder without modules.json is a plain encoder: sentence-transformers pools it by the mean.
         self.model = SentenceTransformer(
             str(config.teacher.folder()),
@@ -96,12 +110,12 @@ class Teacher:
             local_files_only=True,
             model_kwargs={
                 "use_safetensors": True,
-                "dtype": torch.bfloat16 if device == "cuda" else torch.float32,
+                "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
             },
         ).eval()
         self.spent: dict[str, float] = defaultdict(float)
         # A CPU gains nothing from large batches, and small ones hold texts of one length: 1.4 to 2.3 times as fast.
-        self._batch_tokens = config.batch_tokens or (16_384 if device == "cuda" else 1_024)
+        self.batch_tokens = config.batch_tokens or (16_384 if device == "cuda" else 1_024)
         self._max_tokens = min(
             limit for limit in (config.max_tokens, self.model.max_seq_length, 2**20) if limit is not None
         )
@@ -138,7 +152,7 @@ class Teacher:
         self.spent["tokenize_seconds"] += time.perf_counter() - started
         started = time.perf_counter()
         vectors: np.ndarray | None = None
-        for rows in _batches(lengths, self._batch_tokens):
+        for rows in _batches(lengths, self.batch_tokens):
             features: dict[str, Any] = tokenizer.pad(
                 {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
             ).to(self.model.device)
@@ -170,7 +184,11 @@ class _Worker:
     def __init__(self, config: EmbedConfig, pairs: Artifact, draft: Draft) -> None:
         self._pairs = pairs
         self._draft = draft
-        self._teacher = Teacher(config)
+        self._config = config
+
+    @functools.cached_property
+    def _teacher(self) -> Teacher:
+        return Teacher(self._config)  # in the first task, not before: what a task raises is told as one message
 
     def __call__(self, piece: Slice) -> Receipt:
         table = self._pairs.read_slice(piece)

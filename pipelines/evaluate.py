@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import ray
@@ -26,6 +26,10 @@ from pipelines.sources import origin
 from train.launch import EXPORT
 from train.model import ModelRef
 
+# What mteb registers as its own, ranks a corpus and has neither weights nor a tokenizer to fetch.
+BASELINES = frozenset(
+    f"mteb/baseline-{name}" for name in ("bm25s", "bb25", "random-encoder", "random-sparse-encoder", "random-colbert")
+)
 METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": "MRR@10"}
 
 
@@ -40,6 +44,10 @@ class EvaluateConfig(Config):
 
     cpus_per_worker: float = runtime(1, gt=0)
     gpus_per_worker: float = runtime(0, ge=0)
+
+    def pinned(self) -> Self:
+        references = {name: model if _is_baseline(model) else model.pinned() for name, model in self.references.items()}
+        return self.model_copy(update={"references": references})
 
 
 def scores_spec(config: EvaluateConfig, run: str, model: str | ModelRef) -> Spec:
@@ -80,7 +88,7 @@ class StudentTests:
 
 
 def _is_baseline(model: ModelRef) -> bool:
-    return model.name.startswith("mteb/")
+    return model.name in BASELINES
 
 
 def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], root: Root) -> dict[str, Artifact]:

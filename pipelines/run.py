@@ -102,7 +102,7 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
 
 @dataclass(frozen=True)
 class Chain:
-    """The specs of an arm's artifacts, each made from the ones before; nothing is read but file sizes."""
+    """The specs of an arm's artifacts, each made from the ones before; inputs and models are only told apart."""
 
     config: RunConfig
 
@@ -135,12 +135,16 @@ class Chain:
 
 
 class Run:
-    """A recipe at work under a root; each method makes one artifact kind for all arms, or finds it made."""
+    """A recipe at work under a root; each method makes one artifact kind for all arms, or finds it made.
+
+    Names on a hub mean the same from here on, in every process: the commit they are at now.
+    """
 
     def __init__(self, config: RunConfig, root: Root) -> None:
-        self.config = config
+        self._recipe = config  # arms and trials that name another model do not want the commit of this one
+        self.config = config.pinned()
         self.root = root
-        self.arms = {arm: Chain(arm_config) for arm, arm_config in config.arm_configs().items()}
+        self.arms = {arm: Chain(arm_config.pinned()) for arm, arm_config in config.arm_configs().items()}
 
     def specs(self) -> list[tuple[str, Spec]]:
         """(arm or reference, spec) of all that the run makes, each once, in order."""
@@ -212,8 +216,9 @@ class Run:
 
     def score(self, names: Sequence[str]) -> dict[str, Artifact]:
         """Scores of models from elsewhere, by folder or hub name, on the recipe's tests."""
-        models: dict[str, Artifact | ModelRef] = {name: ModelRef(name=name) for name in names}
-        return evaluate(self.config.evaluate, models, self.root)
+        references = {name: {"name": name} for name in names}
+        config = self.config.evaluate.replace(references=references).located(self.config.data).pinned()
+        return evaluate(config, dict(config.references), self.root)
 
     def scores(self) -> dict[str, Artifact]:
         """The finished scores of every reference and arm."""
@@ -232,7 +237,7 @@ class Run:
     def tune(self) -> list[Outcome]:
         """Train and score every combination of `tune.space` on the shards that are there."""
         overrides = combinations(self.config.tune.space)
-        chains = [Chain(self.config.with_overrides(changes, "tune.space")) for changes in overrides]
+        chains = [Chain(self._recipe.with_overrides(changes, "tune.space").pinned()) for changes in overrides]
         score = functools.partial(_score, self.config.evaluate, self.config.tune.metric, self.root)
         trials = [
             Trial(

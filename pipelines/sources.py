@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from clusterlib.config import Config
+from clusterlib.config import Config, fingerprint
+from clusterlib.digests import contents, of_files
 from clusterlib.errors import StrataError
-from pipelines.docstrings import package_version, read_docstrings
+from pipelines.docstrings import module_files, package_version, read_docstrings
 from pipelines.files import (
     Location,
     absolute,
@@ -127,9 +129,12 @@ def splits(config: InputConfig) -> list[Split]:
 
 
 def origin(config: InputConfig | RetrievalTestConfig) -> Any:
-    """What identifies an input's content: names, sizes and times of its files, or versions."""
+    """What identifies an input's content, wherever it lies: names and digests (or tags) of its files.
+
+    A local file is read whole when it is first met, then only after a change: see clusterlib.digests.
+    """
     if config.format == "docstrings":
-        return package_version(config.path)
+        return package_content(config.path)
     if config.format == "huggingface" and not Path(config.path).is_absolute():
         return []
     location = Location(config.path)
@@ -142,7 +147,16 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     else:
         assert isinstance(config, InputConfig)
         files = location.fs.get_file_info([split.file for split in splits(config)])
-    return [[info.base_name, info.size, info.mtime_ns] for info in files]
+    try:
+        return [[info.base_name, content] for info, content in zip(files, contents(location.fs, files), strict=True)]
+    except OSError as error:
+        raise StrataError(f"{config.path}: cannot be read ({error})") from error
+
+
+@functools.cache
+def package_content(package: str) -> list[str]:
+    """Version and digest of an installed package's modules; taken once, since every arm and test asks for it."""
+    return [package_version(package), fingerprint(of_files([path for _, path in module_files(package)]))]
 
 
 def read(split: Split) -> Batches:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
-import hashlib
 import importlib.util
+import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from clusterlib import hub
 from clusterlib.config import Config
+from clusterlib.digests import of_files
 from clusterlib.errors import StrataError
 
 _PACKAGE = "package:"
+
+
+# What is in a model's folder and nobody reads: documentation, records of its training, weights in other formats.
+_UNREAD = (
+    *("*.md", "LICENSE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", ".*", "*/.*", "*.py", "*.pyc"),
+    *("training_args*", "trainer_state.json", "checkpoint-*", "runs/*", "*.csv", "*.log"),
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.tflite"),
+    *("*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "coreml/*"),
+)
 
 
 class ModelRef(Config):
@@ -27,10 +41,21 @@ class ModelRef(Config):
         description="a local folder, a Hugging Face hub name, or package:MODULE/FOLDER for a model that an "
         "installed Python package carries",
     )
-    revision: str | None = Field(None, description="commit of a hub model; pin it to repeat a result")
-    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="digest that model.safetensors must have")
+    revision: str | None = Field(
+        None,
+        description="commit, branch or tag of a hub model; by default the commit its main branch is at when the run "
+        "starts. Pin a commit to repeat a result",
+    )
+    sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="digest that model.safetensors (a tokenizer's tokenizer.json) must have",
+    )
 
-    _files: ClassVar[str] = "*.safetensors"
+    _read: ClassVar[tuple[str, ...]] = ("*",)
+    _needed: ClassVar[str] = "*.safetensors"
+    _stated: ClassVar[str] = "model.safetensors"
+    _has_weights: ClassVar[bool] = True
 
     def located(self, folder: str) -> Self:
         path = Path(self.name).expanduser()
@@ -38,20 +63,31 @@ class ModelRef(Config):
             return self.model_copy(update={"name": str(path.absolute())})
         return self
 
+    def pinned(self) -> Self:
+        if self._local_folder() is not None:
+            return self
+        return self.model_copy(update={"revision": hub.commit(self.name, self.revision) or self.revision})
+
     def content(self) -> dict[str, Any]:
-        """The weights' digest where they are at hand or stated; a hub model's name and revision otherwise."""
-        if self.sha256:
-            return {"sha256": self.sha256}
+        """The digest of every file that shapes the output, by its path in the folder; a hub model's name and revision.
+
+        Raises:
+            StrataError: as `folder`; a hub model is not fetched.
+        """
         folder = self._local_folder()
-        if folder is None:
-            return {"name": self.name, "revision": self.revision}
-        return {"sha256": _digest(tuple(sorted(self._found(folder))))}
+        if folder is not None:
+            return {"files": self._checked(folder)}
+        content = {"name": self.name, "revision": self.revision}
+        if self.sha256 and not hub.is_commit(self.revision):
+            content["sha256"] = self.sha256
+        return content
 
     def folder(self) -> Path:
         """The model's local folder; a hub model is downloaded first.
 
         Raises:
-            StrataError: there is no such model, it has no safetensors weights, or their digest is wrong.
+            StrataError: there is no such model, it is not whole, has no safetensors weights or weights of another
+                digest.
         """
         folder = self._local_folder()
         if folder is None:
@@ -62,32 +98,47 @@ class ModelRef(Config):
                     snapshot_download(
                         self.name,
                         revision=self.revision,
-                        allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+                        allow_patterns=list(self._read),
+                        ignore_patterns=list(_UNREAD),
                     )
                 )
             except (OSError, ValueError) as error:
                 raise StrataError(
                     f"{self.name}: neither a local folder nor a model that could be fetched from the hub "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]})"
+                    f"({type(error).__name__}: {_first_line(error)})"
                 ) from error
-        files = self._found(folder)
-        if self.sha256 and _digest(tuple(files)) != self.sha256:
-            raise StrataError(f"{folder}: {files[0].name} has SHA-256 {_digest(tuple(files))}, not {self.sha256}")
+        self._checked(folder)
         return folder
 
-    def _found(self, folder: Path) -> list[Path]:
-        files = sorted(folder.glob(self._files))
-        if not files:
-            raise StrataError(f"{folder}: no {self._files} in it; it is not a complete model folder")
-        return files
+    def _checked(self, folder: Path) -> dict[str, str]:
+        """Path in the folder -> SHA-256 of what is read there."""
+        found, pickled = {}, []
+        for parent, _, names in os.walk(folder, followlinks=True):
+            for name in names:
+                path = Path(parent, name)
+                inside = path.relative_to(folder).as_posix()
+                if _matches(inside, self._read) and not _matches(inside, _UNREAD):
+                    found[inside] = path
+                elif name == "pytorch_model.bin" and not any(other.endswith(".safetensors") for other in names):
+                    pickled.append(path)
+        if not fnmatch.filter(found, self._needed):
+            raise StrataError(f"{folder}: no {self._needed} in it; it is not a complete model folder")
+        if pickled and self._has_weights:
+            raise StrataError(f"{pickled[0]}: pickled weights are not read; convert them to safetensors")
+        found = dict(sorted(found.items()))
+        try:
+            digests = dict(zip(found, of_files(list(found.values())), strict=True))
+        except OSError as error:
+            raise StrataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        for inside, path in found.items():
+            _check(path, digests[inside])
+        if self.sha256 and digests.get(self._stated) != self.sha256:
+            raise StrataError(f"{folder}: {self._stated} has SHA-256 {digests.get(self._stated)}, not {self.sha256}")
+        return digests
 
     def _local_folder(self) -> Path | None:
         if self.name.startswith(_PACKAGE):
-            module, _, inside = self.name.removeprefix(_PACKAGE).partition("/")
-            spec = importlib.util.find_spec(module)
-            if spec is None or spec.origin is None:
-                raise StrataError(f"{self.name}: no Python package {module!r} is installed")
-            return Path(spec.origin).parent / inside
+            return self._in_package()
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path
@@ -95,11 +146,33 @@ class ModelRef(Config):
             raise StrataError(f"{self.name}: no such model folder")
         return None
 
+    def _in_package(self) -> Path:
+        module, _, inside = self.name.removeprefix(_PACKAGE).partition("/")
+        top, *below = module.split(".")
+        try:  # of the first name alone: a name with dots would import what is before them
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            spec = None
+        places = spec.submodule_search_locations if spec else None
+        package = next((folder for folder in (Path(place, *below) for place in places or ()) if folder.is_dir()), None)
+        if package is None:
+            raise StrataError(f"{self.name}: no Python package {module!r} with a folder of its own is installed")
+        if not (package / inside).is_dir():
+            raise StrataError(f"{self.name}: no such model folder in {package}")
+        return package / inside
+
 
 class TokenizerRef(ModelRef):
-    """Where a tokenizer comes from; its folder needs no weights."""
+    """Where a tokenizer comes from; its folder needs no weights, and other weights make no other tokenizer."""
 
-    _files: ClassVar[str] = "tokenizer.json"
+    # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it is.
+    _read: ClassVar[tuple[str, ...]] = (
+        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "config.json"),
+        *("*.model", "*.spm", "*.tiktoken"),
+    )
+    _needed: ClassVar[str] = "tokenizer.json"
+    _stated: ClassVar[str] = "tokenizer.json"
+    _has_weights: ClassVar[bool] = False
 
     def load(self) -> Any:
         """The fast tokenizer.
@@ -112,15 +185,28 @@ class TokenizerRef(ModelRef):
         return AutoTokenizer.from_pretrained(self.folder(), trust_remote_code=False, use_fast=True)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """As snapshot_download understands patterns: `*` takes slashes too."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
 @functools.cache
-def _digest(files: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            if len(files) == 1:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _check(path: Path, digest: str) -> None:
+    """Raise StrataError for a file that is damaged as a whole; once for each content."""
+    try:
+        if path.suffix == ".safetensors":
+            kind = "safetensors"
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix == ".json":
+            kind = "JSON"
+            json.loads(path.read_bytes())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StrataError(f"{path}: no whole {kind} file ({_first_line(error)}); fetch it again") from error
 
 
 class StudentConfig(Config):

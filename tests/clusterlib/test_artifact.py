@@ -1,10 +1,12 @@
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from clusterlib.artifact import Root, Spec, lineage
+from clusterlib.config import Config
 from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 
@@ -25,6 +27,25 @@ def test_published_artifact_reads_back_and_verifies(things, tmp_path):
     found = Root(str(tmp_path)).find(Spec("things", 1, {}))
     assert found is not None and found.manifest == artifact.manifest
     artifact.verify()
+
+
+class OnThisMachine(Config):
+    """Its content is a file's, which no other machine has."""
+
+    path: str
+
+    def content(self):
+        return {"text": Path(self.path).read_text()}
+
+
+def test_a_spec_names_the_same_artifact_on_machines_that_lack_its_files(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("one")
+    spec = Spec("things", 1, {"a": OnThisMachine(path=str(path))})
+    name = spec.name
+    travelled = pickle.dumps(spec)
+    path.unlink()
+    assert pickle.loads(travelled).name == spec.name == name  # noqa: S301
 
 
 def test_another_setting_version_or_input_makes_another_artifact():

@@ -57,6 +57,24 @@ def test_more_clusters_than_points_is_refused():
         kmeans.fit(unit(np.random.default_rng(0), 4, 8), 5, 5, 0)
 
 
+def test_a_gpu_is_taken_when_asked_for_and_only_then(blobs, monkeypatch):
+    seen = []
+    train = faiss.Kmeans
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(
+        faiss, "Kmeans", lambda *shape, gpu, **settings: seen.append(gpu) or train(*shape, gpu=False, **settings)
+    )
+    kmeans.fit(blobs, 2, 1, seed=0)
+    kmeans.fit(blobs, 2, 1, seed=0, gpu=True)
+    assert seen == [False, True]
+
+
+def test_a_gpu_that_faiss_cannot_use_is_one_message(blobs, monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0, raising=False)
+    with pytest.raises(StrataError, match=r"cluster.gpus_per_worker .* no GPU that FAISS can use.*strata\[gpu\]"):
+        kmeans.fit(blobs, 2, 1, seed=0, gpu=True)
+
+
 def test_field_vectors_of_both_sides_are_one_unit_vector():
     generator = np.random.default_rng(0)
     query, passage = (unit(generator, 7, 8).astype(np.float16) for _ in range(2))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterlib.config import validate
+from clusterlib.config import fingerprint, validate
 from clusterlib.diagnostics import summarize
 from clusterlib.errors import StrataError
 from clusterlib.neighbors import NOBODY
@@ -368,3 +368,91 @@ def test_a_plan_costs_memory_and_time_in_strata_not_rows():
     assert time.perf_counter() - started < 1  # not a speed test: a scan of a billion rows would take far longer
     assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
     tracemalloc.stop()
+
+
+BASE = {"global_batch_size": 24, "seed": 3}
+HALVES = [{"fraction": 0.5, "strategy": "random"}, {"fraction": 0.5, "strategy": "cluster", "k": 2}]
+UNUSED = [
+    ({"strategy": "random"}, {"k": 5}),
+    ({"strategy": "random"}, {"leftover": "drop", "clusters_per_batch": 2, "neighbors": {"per_seed": 2}}),
+    ({"strategy": "source", "k": 2}, {"k": 5}),
+    ({"strategy": "source"}, {"leftover": "source", "clusters_per_batch": 3}),
+    ({"strategy": "cluster", "k": 2}, {"clusters_per_batch": 2, "neighbors": {"margin": 0.5}}),
+    ({"strategy": "topic", "k": 2}, {"neighbors": {"refresh_every_steps": 9}}),
+    ({"strategy": "neighbors", "k": 2}, {"leftover": "drop", "clusters_per_batch": 2}),
+    ({"strategy": "cluster"}, {"phases": [{"fraction": 1}]}),
+    ({"strategy": "cluster"}, {"strategy": "source", "phases": [{"fraction": 1, "strategy": "cluster"}]}),
+    ({"phases": HALVES}, {"strategy": "topic", "k": 6}),
+    ({"phases": HALVES}, {"phases": [{**HALVES[0], "k": 5}, HALVES[1]]}),
+    ({"strategy": "source"}, {"source_weights": {"a": 1}, "max_source_fraction": 1}),
+]
+
+
+@pytest.mark.parametrize("settings, changes", UNUSED)
+def test_settings_that_a_strategy_does_not_use_make_no_other_model(settings, changes):
+    before, after = BatchingConfig(**BASE, **settings), BatchingConfig(**{**BASE, **settings, **changes})
+    assert before != after and fingerprint(before) == fingerprint(after)
+
+
+STRATEGY = st.sampled_from(["random", "source", "cluster", "topic", "neighbors"])
+K = st.sampled_from([None, 1, 2, 3])
+DRAWN = {
+    "strategy": STRATEGY,
+    "k": K,
+    "global_batch_size": st.sampled_from([6, 12]),
+    "clusters_per_batch": st.sampled_from([2, 3]),
+    "neighbors": st.sampled_from([
+        {"last_rank": 4, "per_seed": 1, **changes}
+        for changes in ({}, {"per_seed": 2}, {"first_rank": 1}, {"margin": 1}, {"refresh_every_steps": 2})
+    ]),
+    "leftover": st.sampled_from(["drop", "merge", "source"]),
+    "phases": st.lists(st.fixed_dictionaries({"strategy": st.none() | STRATEGY, "k": K}), min_size=1, max_size=2),
+    "source_weights": st.dictionaries(st.sampled_from("ab"), st.sampled_from([0.5, 1, 2])),
+    "max_source_fraction": st.sampled_from([None, 0.6, 1]),
+    "seed": st.integers(0, 1),
+}  # fmt: skip
+
+
+@st.composite
+def similar_settings(draw, name):
+    """Two settings of batches that differ in one."""
+    first = {name: draw(values) for name, values in DRAWN.items()}
+    second = {**first, name: draw(DRAWN[name].filter(lambda value: value != first[name]))}
+    for chosen in (first, second):
+        phases = chosen["phases"]
+        chosen["phases"] = [{**each, "fraction": 1 / len(phases)} for each in phases]
+        if "random" in {each["strategy"] or chosen["strategy"] for each in phases}:
+            del chosen["source_weights"], chosen["max_source_fraction"]
+    return BatchingConfig(**first), BatchingConfig(**second)
+
+
+def seen_of(index, config):
+    """All that a run sees of its plan; None where it has none."""
+    try:
+        plan = Plan(index, config)
+    except StrataError:
+        return None
+    seen = [summarize(plan, 6), plan.num_steps(3), [phase.searched for phase in plan.phases]]
+    for step in range(6):
+        mining = plan.mining(step, 6)
+        table = None
+        if mining:
+            k = plan.phases[mining.phase].settings.k
+            table = some_neighbors(owners(index, k or 9), config.neighbors.num_ranks)
+            seen.append(config.neighbors)  # all of which says what is mined
+        batch = plan.step(step, 6, table)
+        seen.append((mining, batch.rows.tolist(), batch.strata, batch.label, batch.phase, batch.epoch))
+    return seen
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_setting_that_changes_any_batch_makes_another_model(name):
+    index = make_index({"a": [13, 7, 22], "b": [17, 9]})
+
+    @settings(max_examples=50, deadline=None)
+    @given(similar_settings(name))
+    def check(pair):
+        first, second = (seen_of(index, config) for config in pair)
+        assert first == second or fingerprint(pair[0]) != fingerprint(pair[1])
+
+    check()

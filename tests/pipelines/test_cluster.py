@@ -5,10 +5,12 @@ import pytest
 
 import pipelines.cluster as stages
 from clusterlib import kmeans
+from clusterlib.artifact import Part
+from clusterlib.config import validate
 from clusterlib.errors import StrataError
 from clusterlib.tables import vectors
 from clusterlib.tree import from_table
-from pipelines.cluster import cluster, of_source, sample
+from pipelines.cluster import ClusterConfig, cluster, of_source, sample
 
 
 def source_vectors(chain, source):
@@ -105,3 +107,31 @@ def adjusted_rand(first, second):
     both, one, other = (pairs[upper].sum() for pairs in (same_first & same_second, same_first, same_second))
     expected = one * other / len(upper[0])
     return (both - expected) / ((one + other) / 2 - expected)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_device_of_a_fit_follows_the_resources_asked_for(chain, monkeypatch, gpus):
+    """FAISS would take any GPU it sees, and Ray shows them all."""
+    asked = []
+    fit = kmeans.fit
+    monkeypatch.setattr(kmeans, "fit", lambda *settings, gpu: asked.append(gpu) or fit(*settings))
+    worker = stages._Worker(chain.configs.cluster.replace(gpus_per_worker=gpus), chain.embeddings, _Paper())
+    worker(("big", 160))
+    assert asked == [bool(gpus)] * 2
+
+
+def test_the_largest_seed_fits_and_a_larger_one_is_refused(chain):
+    seed = 2**31 - 1
+    settings = chain.configs.cluster.model_dump()
+    with pytest.raises(StrataError, match=r"seed: .* less than or equal to 2147483647 \(got 2147483648\)"):
+        validate(ClusterConfig, {**settings, "seed": seed + 1}, "recipe")
+    config = validate(ClusterConfig, {**settings, "seed": seed}, "recipe")
+    receipt = stages._Worker(config, chain.embeddings, _Paper())(("big", 160))
+    assert receipt.stats["num_leaves"] == 6
+
+
+class _Paper:
+    """A draft that keeps nothing."""
+
+    def write(self, table, part_id, schema, groups):
+        return Part(table, part_id, sum(group.num_rows for group in groups), 0, "")

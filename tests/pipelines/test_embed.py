@@ -1,10 +1,13 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import sentence_transformers
+import torch
 
+from clusterlib.config import fingerprint
 from clusterlib.errors import StrataError
 from clusterlib.tables import vectors
-from pipelines.embed import EmbedConfig, Teacher, _batches, check_vectors, embed
+from pipelines.embed import EmbedConfig, Teacher, _batches, _Worker, check_vectors, embed, embeddings_spec
 from train.model import ModelRef
 
 
@@ -62,6 +65,44 @@ def test_batches_hold_similar_lengths_and_stay_within_the_budget():
     assert all(len(rows) * lengths[rows].max() <= 256 for rows in batches)
     assert sum(len(rows) * lengths[rows].max() for rows in batches) < 1.1 * lengths.sum()
     assert [rows.tolist() for rows in _batches(np.array([900]), 256)] == [[0]]  # a long text goes alone
+
+
+def test_precision_is_part_of_what_the_vectors_are(teacher_folder):
+    teacher = ModelRef(name=str(teacher_folder))
+    full, half = EmbedConfig(teacher=teacher), EmbedConfig(teacher=teacher, precision="bf16")
+    assert full.precision == "fp32" and embeddings_spec(full, "0").name != embeddings_spec(half, "0").name
+    for config, dtype in ((full, torch.float32), (half, torch.bfloat16)):
+        assert {weight.dtype for weight in Teacher(config).model.parameters()} == {dtype}
+    # Where it is computed says nothing of what: no GPU switches the precision.
+    assert fingerprint(full) == fingerprint(full.replace(gpus_per_worker=1, batch_tokens=7))
+
+
+def test_a_gpu_that_was_not_asked_for_is_not_taken(teacher_folder, monkeypatch):
+    """Ray shows every GPU of a node to workers that asked for none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    teacher = Teacher(EmbedConfig(teacher=ModelRef(name=str(teacher_folder))))
+    assert teacher.model.device.type == "cpu"
+    assert teacher.model.dtype == torch.float32 and teacher.batch_tokens == 1_024
+
+
+def test_a_gpu_that_was_asked_for_is_taken(teacher_folder, monkeypatch):
+    loaded = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    whole = sentence_transformers.SentenceTransformer
+    monkeypatch.setattr(
+        sentence_transformers,
+        "SentenceTransformer",
+        lambda name, device, **how: loaded.update(device=device, **how["model_kwargs"]) or whole(name, device="cpu"),
+    )
+    teacher = Teacher(EmbedConfig(teacher=ModelRef(name=str(teacher_folder)), gpus_per_worker=0.5))
+    assert loaded["device"] == "cuda" and loaded["dtype"] == torch.float32 and teacher.batch_tokens == 16_384
+
+
+def test_a_worker_that_was_promised_a_gpu_and_finds_none_says_so(chain, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    worker = _Worker(chain.configs.embed.replace(gpus_per_worker=1), chain.pairs, None)
+    with pytest.raises(StrataError, match=r"embed.gpus_per_worker=1: .* has no GPU that torch can use .*; install"):
+        worker(chain.pairs.slices(10)[0])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])

@@ -1,11 +1,13 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from clusterlib.artifact import Root
-from pipelines.evaluate import EvaluateConfig, _local_task, evaluate
+from clusterlib.errors import StrataError
+from pipelines.evaluate import BASELINES, EvaluateConfig, _load, _local_task, evaluate, scores_spec
 from pipelines.retrieval_tests import RetrievalTestConfig, read_test
 from train.model import ModelRef
 
@@ -92,3 +94,32 @@ def test_mteb_runs_a_local_test_with_graded_judgements(tmp_path):
     found = result.task_results[0].scores["test"][0]["ndcg_at_10"]
     expected = (1 / math.log2(4) + 2 / math.log2(6)) / (2 / math.log2(2) + 1 / math.log2(3))
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_name_that_begins_as_mtebs_do_is_no_way_around_safetensors(monkeypatch, tmp_path):
+    """mteb.get_model would fetch any other name from the hub, pickled weights and all."""
+    import mteb
+
+    monkeypatch.setattr(mteb, "get_model", lambda name: name)
+    assert _load(ModelRef(name="mteb/baseline-bm25s"), tmp_path) == "mteb/baseline-bm25s"
+    for name in ("mteb/somebodys-model", "mteb/baseline-hybrid-rrf-baseline-bm25s-multilingual-e5-small"):
+        with pytest.raises(StrataError, match=f"{name}: neither a local folder nor a model that could be fetched"):
+            _load(ModelRef(name=name), tmp_path)
+
+
+def test_mteb_registers_every_baseline_and_none_has_weights():
+    import mteb
+
+    for name in BASELINES:
+        meta = mteb.get_model_meta(name)
+        assert meta.name == name and not meta.n_parameters and not meta.loader_kwargs
+
+
+def test_an_edit_of_a_models_pooling_makes_other_scores(config, teacher_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(teacher_folder, folder)
+    before = scores_spec(config, "run", ModelRef(name=str(folder))).name
+    assert scores_spec(config, "run", ModelRef(name=str(teacher_folder))).name == before
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text().replace('"cls"', '"mean"'))
+    assert scores_spec(config, "run", ModelRef(name=str(folder))).name != before

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from clusterlib.artifact import Root
 from pipelines.cli import main
-from pipelines.run import Chain, load_recipe
+from pipelines.run import Chain, Run, load_recipe
 
 
 def digests(root):
@@ -297,7 +297,47 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
     names = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        shutil.copy2(pairs_file, tmp_path / place / "pairs.jsonl")
+        shutil.copy(pairs_file, tmp_path / place / "pairs.jsonl")  # at another time
         config = load_recipe(str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"})
         names.append(Chain(config).pairs.name)
     assert names[0] == names[1]
+
+
+def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path, monkeypatch):
+    """An arm that names another model must not ask for it at the commit of the recipe's."""
+    commits = {"owner/one": "1" * 40, "owner/two": "2" * 40, "owner/three": "3" * 40}
+    monkeypatch.setattr("clusterlib.hub.commit", lambda name, revision: commits[name])
+    bm25 = {"name": "mteb/baseline-bm25s"}
+    config = load_recipe(
+        str(recipe),
+        {
+            "embed.teacher": {"name": "owner/one"},
+            "shard.tokenizer": {"name": "owner/three"},
+            "arms": {"same": {}, "other": {"embed.teacher.name": "owner/two"}},
+            "evaluate.references": {"bm25": bm25, "teacher": {"name": "owner/one"}},
+        },
+    )
+    run = Run(config, Root(str(tmp_path)))
+    pinned = {arm: chain.embeddings.config["embed"].teacher for arm, chain in run.arms.items()}
+    assert {arm: (ref.name, ref.revision) for arm, ref in pinned.items()} == {
+        "same": ("owner/one", "1" * 40),
+        "other": ("owner/two", "2" * 40),
+    }
+    assert run.arms["same"].shards.config["shard"].tokenizer.revision == "3" * 40
+    assert run.config.evaluate.references["teacher"].revision == "1" * 40
+    assert run.config.evaluate.references["bm25"].revision is None
+    names = {spec.name for _, spec in run.specs()}
+    commits["owner/one"] = "4" * 40  # it moves on, and the next run sees it
+    later = Run(config, Root(str(tmp_path))).arms
+    assert later["other"].embeddings.name in names and later["same"].embeddings.name not in names
+
+
+def test_arms_that_differ_in_what_they_do_not_use_are_one_model(recipe):
+    arms = {
+        "one": {"batching.strategy": "random"},
+        "two": {"batching.strategy": "random", "batching.k": 4},
+        "three": {},
+    }
+    chains = [Chain(config) for config in load_recipe(str(recipe), {"arms": arms}).arm_configs().values()]
+    names = [chain.model.name for chain in chains]
+    assert names[0] == names[1] != names[2]

@@ -1,24 +1,201 @@
 import hashlib
+import os
+import pickle
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
+import train.model as model_module
 from clusterlib.config import fingerprint
 from clusterlib.errors import StrataError
 from train.model import Encoder, ModelRef, StudentConfig, TokenizerRef, build_student, student_architecture
 
 
-def test_equal_weights_are_the_same_model_wherever_they_lie(encoder_folder, tmp_path):
-    shutil.copytree(encoder_folder, tmp_path / "copy")
-    digest = hashlib.sha256((encoder_folder / "model.safetensors").read_bytes()).hexdigest()
+@pytest.fixture
+def model(teacher_folder, tmp_path):
+    """A copy of the teacher with a dense module after its pooling, and all that hubs put beside a model."""
+    folder = tmp_path / "model"
+    shutil.copytree(teacher_folder, folder)
+    (folder / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.eye(32)}, folder / "2_Dense" / "model.safetensors")
+    (folder / "2_Dense" / "config.json").write_text('{"in_features": 32}')
+    (folder / ".git").mkdir()
+    (folder / "onnx").mkdir()
+    for name in ("README.md", ".git/HEAD", "pytorch_model.bin", "2_Dense/pytorch_model.bin", "onnx/model.onnx"):
+        (folder / name).write_text("a")
+    (folder / "spiece.model").write_text("a")
+    return folder
+
+
+def edit(path):
+    """Another content of the same size, at the same time."""
+    stat = path.stat()
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        path.write_bytes(data.replace(b": ", b" :", 1))
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of safetensors the last weight
+    assert path.read_bytes() != data
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+SHAPING = [
+    "model.safetensors", "config.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "spiece.model",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_an_edit_of_any_file_that_shapes_the_output_makes_another_model(model, name):
+    ref = ModelRef(name=str(model))
+    before = fingerprint(ref)
+    assert fingerprint(ref) == before
+    edit(model / name)
+    assert fingerprint(ref) != before
+
+
+@pytest.mark.parametrize("name", ["README.md", ".git/HEAD", "pytorch_model.bin", "onnx/model.onnx"])
+def test_what_nobody_reads_makes_no_other_model(model, name):
+    ref = ModelRef(name=str(model))
+    before = fingerprint(ref)
+    (model / name).write_text("another")
+    assert fingerprint(ref) == before
+
+
+def test_a_file_more_or_less_makes_another_model(model):
+    found = [fingerprint(ModelRef(name=str(model)))]
+    (model / "added_tokens.json").write_text("{}")
+    found.append(fingerprint(ModelRef(name=str(model))))
+    shutil.rmtree(model / "2_Dense")
+    found.append(fingerprint(ModelRef(name=str(model))))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPING if not name.startswith(("token", "config.json", "spiece"))])
+def test_a_tokenizer_is_its_own_files_alone(model, name):
+    ref = TokenizerRef(name=str(model))
+    before = fingerprint(ref)
+    edit(model / name)
+    assert fingerprint(ref) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "spiece.model"])
+def test_an_edit_of_a_tokenizers_file_makes_another_tokenizer(model, name):
+    ref = TokenizerRef(name=str(model))
+    before = fingerprint(ref)
+    edit(model / name)
+    assert fingerprint(ref) != before
+
+
+def test_the_same_files_are_the_same_model_wherever_they_lie(model, tmp_path, monkeypatch):
+    package = tmp_path / "a_package_of_models"
+    shutil.copytree(model, package / "inside" / "model")
+    (package / "__init__.py").write_text("")
+    (package / "inside" / "__init__.py").write_text("raise RuntimeError('nothing is imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
     refs = [
-        ModelRef(name=str(encoder_folder)),
-        ModelRef(name=str(tmp_path / "copy")),
-        ModelRef(name="some/hub-name", sha256=digest),
+        ModelRef(name=str(model)),
+        ModelRef(name=str(model), sha256=digest),
+        ModelRef(name="package:a_package_of_models/inside/model"),
+        ModelRef(name="package:a_package_of_models.inside/model"),
     ]
     assert len({fingerprint(ref) for ref in refs}) == 1
-    assert fingerprint(ModelRef(name="some/hub-name", revision="abc")) != fingerprint(ModelRef(name="some/hub-name"))
+
+
+def test_a_stated_digest_does_not_stand_for_the_other_files(model):
+    ref = ModelRef(name=str(model), sha256=hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest())
+    before = fingerprint(ref)
+    edit(model / "1_Pooling" / "config.json")
+    assert fingerprint(ref) != before
+    edit(model / "model.safetensors")
+    with pytest.raises(StrataError, match=r"model.safetensors has SHA-256 .*, not "):
+        ref.content()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/model.safetensors", "config.json"])
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xff" * 5000])
+def test_files_full_of_garbage_are_named_before_anything_runs(model, name, garbage):
+    (model / name).write_bytes(garbage)
+    for use in (ModelRef.content, ModelRef.folder):
+        with pytest.raises(StrataError, match=rf"{name}: no whole (safetensors|JSON) file .*fetch it again"):
+            use(ModelRef(name=str(model)))
+
+
+def test_weights_cut_short_are_named(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(StrataError, match="model.safetensors: no whole safetensors file"):
+        ModelRef(name=str(model)).content()
+
+
+def test_a_file_that_is_a_link_to_nowhere_is_named(model):
+    (model / "vocab.txt").symlink_to(model / "absent")
+    with pytest.raises(StrataError, match=r"vocab.txt: cannot be read \(No such file"):
+        ModelRef(name=str(model)).content()
+
+
+def test_a_module_with_pickled_weights_alone_is_refused(model):
+    (model / "2_Dense" / "model.safetensors").unlink()
+    for use in (ModelRef.content, ModelRef.folder):
+        with pytest.raises(StrataError, match=r"2_Dense/pytorch_model.bin: pickled weights are not read"):
+            use(ModelRef(name=str(model)))
+
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def hub_at(monkeypatch):
+    """Sets the commit that every name on a stand-in for the hub is at; None when it cannot be asked."""
+    return lambda commit: monkeypatch.setattr(model_module.hub, "commit", lambda name, revision: commit)
+
+
+def test_a_hub_model_is_pinned_to_its_commit(hub_at, model, monkeypatch):
+    downloads = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **how: downloads.append((name, how["revision"])) or model
+    )
+    hub_at(COMMIT)
+    config = StudentConfig(model=ModelRef(name="owner/model")).pinned()
+    assert config.model.revision == COMMIT
+    hub_at("d" * 40)  # the hub moves on: what was pinned stays, in every process that is told of it
+    worker = pickle.loads(pickle.dumps(config)).model  # noqa: S301
+    assert worker.content() == {"name": "owner/model", "revision": COMMIT}
+    assert worker.folder() == model and downloads == [("owner/model", COMMIT)]
+    assert StudentConfig(model=ModelRef(name="owner/model")).pinned().model.content() != worker.content()
+
+
+def test_models_on_this_machine_are_not_asked_for_on_the_hub(model, monkeypatch):
+    monkeypatch.setattr(model_module.hub, "commit", lambda *names: pytest.fail("asked"))
+    ref = ModelRef(name=str(model))
+    assert ref.pinned() == ref
+    assert StudentConfig(architecture={"model_type": "bert"}).pinned().model is None
+
+
+def test_a_hub_model_without_a_commit_is_its_name(hub_at):
+    hub_at(None)
+    name = {"name": "owner/model", "revision": None}
+    assert ModelRef(name="owner/model").pinned().content() == name
+    stated = ModelRef(name="owner/model", sha256="0" * 64)
+    assert stated.pinned().content() == {**name, "sha256": "0" * 64}  # all that is known of it
+    hub_at(COMMIT)
+    assert stated.pinned().content() == {"name": "owner/model", "revision": COMMIT}
+
+
+def test_a_tokenizer_from_the_hub_comes_without_weights(monkeypatch, tokenizer_folder):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or tokenizer_folder)
+    TokenizerRef(name="owner/model").folder()
+    wanted = set(
+        filter_repo_objects(SHAPING, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    )
+    assert wanted == {"config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"}
 
 
 def test_a_folder_without_weights_is_refused(tokenizer_folder):
@@ -39,10 +216,19 @@ def test_a_wrong_digest_is_refused(encoder_folder):
         ModelRef(name=str(encoder_folder), sha256="0" * 64).folder()
 
 
-@pytest.mark.parametrize("name", ["/absent/folder", "./absent", "package:no_such_package/model"])
+@pytest.mark.parametrize("name", ["/absent/folder", "./absent", "package:numpy/absent"])
 def test_absent_models_are_named(name):
-    with pytest.raises(StrataError, match=name.replace("package:", "")):
+    with pytest.raises(StrataError, match=f"{name}: no such model folder"):
         ModelRef(name=name).folder()
+
+
+@pytest.mark.parametrize(
+    "package", ["no_such_package", "nope.sub", "numpy.nope", "", ".numpy", "sys", "six", "__main__"]
+)
+def test_absent_packages_are_named(package):
+    """`six` is a module without a folder of its own, `sys` one without a file."""
+    with pytest.raises(StrataError, match=f"package:{package}/x: no Python package '{package}' .* is installed"):
+        ModelRef(name=f"package:{package}/x").content()
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_one_message():
