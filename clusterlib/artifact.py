@@ -166,6 +166,9 @@ class Slice:
     def id(self) -> str:
         return f"{Path(self.part.path).stem}-{self.first_row:09d}-{self.num_rows}"
 
+    def __str__(self) -> str:
+        return f"{self.part.path}, rows {self.first_row} to {self.first_row + self.num_rows - 1}"
+
 
 @dataclass(frozen=True)
 class Artifact:

@@ -186,38 +186,46 @@ def pair_ids(sources: Sequence[str], query_ids: np.ndarray, passage_ids: np.ndar
     )
 
 
-def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tuple[pa.Table, pa.Table]:
+def validate_pairs(raw: pa.Table, source: str, max_chars: int) -> tuple[pa.Table, pa.Table]:
     """Rows as read, split into usable pairs and rejects with reasons.
 
     Args:
-        raw: columns row (int64, the row's number in its file), topic (string), query and passage (any type).
+        raw: columns file (string) and row (int64, the row's number in its file), query, passage and topic, these of
+            any type; topic may be null.
         max_chars: a longer query or passage is refused: it is no text, or needs splitting first.
 
     Returns:
         A table of schema PAIRS and one of schema REJECTS; together as many rows as `raw`.
     """
     reasons: list[str | None] = [None] * raw.num_rows
-    columns = {}
-    for name in ("query", "passage"):
+
+    def refuse(rows: np.ndarray, reason: str) -> None:
+        for row in np.flatnonzero(rows).tolist():
+            reasons[row] = reasons[row] or reason
+
+    texts = {}
+    for name in ("query", "passage", "topic"):
         column = raw[name]
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            if not pa.types.is_null(column.type):
-                reasons = [f"{name} is {column.type}, not text"] * raw.num_rows
+        if pa.types.is_null(column.type):
+            column = column.cast(pa.string())
+        elif not is_text(column.type):
+            refuse(np.ones(raw.num_rows, bool), f"{name} is {column.type}, not text")
             column = pa.chunked_array([pa.nulls(raw.num_rows, pa.string())])
-        column, undecodable = _decode(column)
-        for row in undecodable:
-            reasons[row] = reasons[row] or f"{name} is not UTF-8"
-        text = pc.utf8_trim_whitespace(column.cast(pa.string()).combine_chunks())
-        length = pc.fill_null(pc.utf8_length(text), -1).to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero((length <= 0) | (length > max_chars)).tolist():
-            if reasons[row] is None:
-                state = {-1: "missing", 0: "empty"}.get(int(length[row]))
-                reasons[row] = f"{name} is {state}" if state else f"{name} is over {max_chars} characters"
-        columns[name] = text
-    keep = pa.array([reason is None for reason in reasons])
-    query, passage = (columns[name].filter(keep) for name in ("query", "passage"))
+        column, undecodable = decode(column)
+        refuse(undecodable, f"{name} is not UTF-8")
+        texts[name] = column
+    for name in ("query", "passage"):
+        texts[name] = pc.utf8_trim_whitespace(texts[name])
+        length = pc.fill_null(pc.utf8_length(texts[name]), -1).to_numpy()
+        refuse(length == -1, f"{name} is missing")
+        refuse(length == 0, f"{name} is empty")
+        refuse(length > max_chars, f"{name} is over {max_chars} characters")
+        nul = pc.match_substring(texts[name], "\0")
+        refuse(pc.fill_null(nul, False).to_numpy(), f"{name} holds a NUL character")  # half of UTF-16, or binary data
+    keep = pa.array([reason is None for reason in reasons], pa.bool_())
+    # What is kept is short enough for 32-bit offsets.
+    query, passage, topic = (texts[name].filter(keep).cast(pa.string()).combine_chunks() for name in texts)
     query_id, passage_id = text_ids(query), text_ids(passage)
-    topic = raw["topic"].combine_chunks().filter(keep)
     sources = [source] * len(query)
     pairs = pa.Table.from_arrays(
         [
@@ -231,36 +239,44 @@ def validate_pairs(raw: pa.Table, source: str, file: str, max_chars: int) -> tup
         ],
         schema=PAIRS,
     )
-    bad = pc.invert(keep)
-    rows = raw["row"].combine_chunks().filter(bad)
-    return pairs, rejects(source, file, rows.to_pylist(), [reason for reason in reasons if reason is not None])
+    bad = raw.select(["file", "row"]).filter(pc.invert(keep))
+    refused = [reason for reason in reasons if reason is not None]
+    return pairs, rejects(source, bad["file"].to_pylist(), bad["row"].to_pylist(), refused)
 
 
-def _decode(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[int]]:
-    """The column with text that is not UTF-8 (Parquet writers do not all check) replaced by null, and its rows."""
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, however it is laid out."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def decode(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """A text column as large_string, with null for what is not UTF-8 (Parquet writers do not all check).
+
+    Returns:
+        The column, and which rows are not UTF-8, bool [rows].
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    undecodable = np.zeros(len(column), bool)
     try:
         column.validate(full=True)
-        return column, []
+        return column.cast(pa.large_string()), undecodable
     except pa.ArrowInvalid:
         texts: list[str | None] = []
-        bad = []
-        for row, value in enumerate(column.cast(pa.binary()).to_pylist()):
+        for row, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
             try:
                 texts.append(None if value is None else value.decode())
             except UnicodeDecodeError:
                 texts.append(None)
-                bad.append(row)
-        return pa.chunked_array([pa.array(texts, pa.string())]), bad
+                undecodable[row] = True
+        return pa.chunked_array([pa.array(texts, pa.large_string())]), undecodable
 
 
-def rejects(source: str, file: str, rows: Sequence[int], reasons: Sequence[str]) -> pa.Table:
+def rejects(source: str, files: Sequence[str], rows: Sequence[int], reasons: Sequence[str]) -> pa.Table:
     """A table of schema REJECTS."""
+    columns = ([source] * len(rows), files, rows, reasons)
     return pa.Table.from_arrays(
-        [
-            pa.array([source] * len(rows), pa.string()),
-            pa.array([file] * len(rows), pa.string()),
-            pa.array(rows, pa.int64()),
-            pa.array(reasons, pa.string()),
-        ],
-        schema=REJECTS,
+        [pa.array(column, field.type) for column, field in zip(columns, REJECTS, strict=True)], schema=REJECTS
     )

@@ -76,7 +76,7 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
             f"{counts[largest]} pairs and fits {most} leaves of {config.min_pairs_per_leaf} or more; set at most {most}"
         )
     draft = Draft(root, spec)
-    tasks = [Task(source, (source, count)) for source, count in counts.items()]
+    tasks = [Task(source, (source, count), source) for source, count in counts.items()]
     memory_bytes = _check_memory(config, embeddings.stats["width"], counts)
     workers = Workers(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, memory_bytes=memory_bytes)
 

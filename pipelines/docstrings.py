@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_{1,2}")
 _LITERAL = re.compile(r"``?([^`]+)``?_{0,2}")
 _EMPHASIS = re.compile(r"(?<!\w)(\*\*|\*)([^*\s](?:[^*]*[^*\s])?)\1(?!\w)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _REFERENCE = re.compile(r"\s*\[[\w#*]+\]_")
 
 
@@ -58,34 +60,68 @@ class Docstring:
 
 
 def package_version(package: str) -> str:
-    """What stands for the package's content in a fingerprint.
+    """What stands for the package's content in a fingerprint: the versions of what it was installed with.
 
     Raises:
-        StrataError: no distribution that holds the package is installed.
+        StrataError: no such package is installed, or none of its source.
     """
-    if package == STANDARD_LIBRARY:
+    _places(package)
+    top = package.partition(".")[0]
+    if top == STANDARD_LIBRARY or top in sys.stdlib_module_names:
         return f"python {platform.python_version()}"
-    names = importlib.metadata.packages_distributions().get(package)
+    names = sorted(set(importlib.metadata.packages_distributions().get(top, ())))
     if not names:
-        raise StrataError(f"{package}: no such Python package is installed; its docstrings cannot be read")
-    return f"{names[0]} {importlib.metadata.version(names[0])}"
+        raise StrataError(f"{package}: no installed distribution holds it, so its version is unknown; install it")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def module_files(package: str) -> list[tuple[str, Path]]:
-    """(dotted module, file) of the package's modules, sorted, without tests and vendored copies."""
+    """(dotted module, file) of the package's modules, sorted, without tests and vendored copies.
+
+    A module that is one file is that file; a namespace package is what is installed of it, wherever that lies.
+    """
     package_version(package)
-    if package == STANDARD_LIBRARY:
-        root, prefix = Path(sysconfig.get_path("stdlib")), list[str]()
-    else:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None
-        root, prefix = Path(spec.origin).parent, [package]
+    prefix = [] if package == STANDARD_LIBRARY else [package]
     found = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not _SKIPPED.intersection(parts) and not parts[-1].startswith(("test_", "conftest")):
-            found.append((".".join([*prefix, *(part for part in parts if part != "__init__")]), path))
+    for place in _places(package):
+        if place.is_file():
+            found.append((package, place))
+            continue
+        for path in sorted(place.rglob("*.py")):
+            parts = path.relative_to(place).with_suffix("").parts
+            skipped = _SKIPPED.intersection(parts) or parts[-1].startswith(("test_", "conftest"))
+            if path.is_file() and not skipped:
+                found.append((".".join([*prefix, *(part for part in parts if part != "__init__")]), path))
     return found
+
+
+def _places(package: str) -> list[Path]:
+    """The folders of a package, or the file of a module, found without importing any."""
+    if package == STANDARD_LIBRARY:
+        return [Path(sysconfig.get_path("stdlib"))]
+    top, *inner = package.split(".")
+    named = all(name.isidentifier() for name in (top, *inner))
+    try:
+        spec = importlib.util.find_spec(top) if named else None  # of a top-level name it imports nothing
+    except ValueError:  # a module that no file made, as __main__ may be
+        spec = None
+    if spec is None:
+        raise StrataError(f"{package}: no such Python package is installed; its docstrings cannot be read")
+    if spec.submodule_search_locations:  # six sets an empty list of them once it is imported
+        places = [Path(folder) for folder in spec.submodule_search_locations]
+    else:
+        places = [Path(spec.origin)] if spec.has_location and spec.origin else []
+    for name in inner:
+        folders = [place / name for place in places if (place / name).is_dir()]
+        packages = [folder for folder in folders if (folder / "__init__.py").is_file()]
+        files = [place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()]
+        places = packages[:1] or files[:1] or folders  # as Python's import chooses
+        if not places:
+            raise StrataError(f"{package}: {top} is installed and has no Python source of this name")
+    places = [place for place in places if place.is_dir() or place.suffix == ".py"]
+    if not places:
+        raise StrataError(f"{package}: it is built in or compiled, so there is no Python source to read docstrings of")
+    return places
 
 
 def held_out(module: str) -> bool:
@@ -104,7 +140,7 @@ def read_docstrings(package: str, split: Literal["train", "test"]) -> Iterator[D
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # files for other Python versions, templates
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # for other Python versions, templates
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -116,6 +152,8 @@ def read_docstrings(package: str, split: Literal["train", "test"]) -> Iterator[D
 
 def split_docstring(text: str) -> tuple[str, str] | None:
     """(query, passage) of a raw docstring, cleaned of signatures, code, doctests and markup; or None."""
+    if _SURROGATE.search(text):  # as an escape in the source; it is in no encoding
+        return None
     paragraphs = [paragraph for paragraph in clean_docstring(text).split("\n\n") if paragraph]
     while paragraphs and _SIGNATURE.match(paragraphs[0]):
         paragraphs.pop(0)

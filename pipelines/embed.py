@@ -65,7 +65,7 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
         return made
     config.teacher.folder()  # fail here, with one message, rather than in every worker
     draft = Draft(root, spec)
-    tasks = [Task(piece.id, piece) for piece in pairs.slices(config.task_rows)]
+    tasks = [Task(piece.id, piece, str(piece)) for piece in pairs.slices(config.task_rows)]
     workers = Workers(config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
 
     def publish(receipts: list[Receipt]) -> Artifact:

@@ -19,10 +19,10 @@ from pydantic import Field
 from clusterlib.artifact import Artifact, Root, Spec
 from clusterlib.config import Config, runtime
 from clusterlib.draft import Draft, Receipt
-from clusterlib.errors import StrataError
 from clusterlib.tables import MEAN, SCORES
 from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
 from pipelines.sources import origin
+from pipelines.stage import fetch, told
 from train.launch import EXPORT
 from train.model import ModelRef
 
@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], roo
         StrataError: a test or a model cannot be read.
     """
     made: dict[str, Artifact] = {}
-    pending: dict[str, ray.ObjectRef] = {}
+    pending: dict[str, tuple[Draft, ray.ObjectRef]] = {}
     tests = None
     for run, model in models.items():
         spec = scores_spec(config, run, model.fingerprint if isinstance(model, Artifact) else model)
@@ -115,14 +115,10 @@ def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], roo
         task = ray.remote(
             num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, scheduling_strategy="DEFAULT"
         )(_score)
-        pending[run] = task.remote(Draft(root, spec), run, model, tests, config.tasks)
-    for run, reference in pending.items():
-        try:
-            made[run] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, StrataError):
-                raise error.cause from None
-            raise
+        draft = Draft(root, spec)
+        pending[run] = draft, task.remote(draft, run, model, tests, config.tasks)
+    for run, (draft, reference) in pending.items():
+        made[run] = fetch(draft, f"evaluate: {run}", reference)
         print(f"evaluate: {run} done")
     return {run: made[run] for run in models}
 
@@ -131,6 +127,12 @@ def _score(
     draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
 ) -> Artifact:
     """Evaluate one model; runs as a Ray task."""
+    return told(draft, f"evaluate: {run}", "task", lambda: _scores(draft, run, model, tests, tasks))
+
+
+def _scores(
+    draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
+) -> Artifact:
     with tempfile.TemporaryDirectory() as scratch:
         rows, results = _measure(_load(model, Path(scratch)), tests, tasks)
     parts = [

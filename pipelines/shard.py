@@ -60,7 +60,7 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
     draft = Draft(root, spec)
     # The number of rows is in the id: a block of another size is another block.
     tasks = [
-        Task(f"{file:06d}-{config.block_rows}", (file, block))
+        Task(f"{file:06d}-{config.block_rows}", (file, block), ", ".join(map(str, block)))
         for file, block in enumerate(embeddings.blocks(config.block_rows))
     ]
 

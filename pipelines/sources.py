@@ -1,37 +1,53 @@
-"""Readers of inputs: what users have, as raw rows of (row, query, passage, topic)."""
+"""Readers of inputs: what users have, as raw rows of (file, row, query, passage, topic)."""
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator
+import glob
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clusterlib.config import Config, fingerprint
 from clusterlib.digests import contents, of_files
 from clusterlib.errors import StrataError
+from clusterlib.tables import is_text
 from pipelines.docstrings import module_files, package_version, read_docstrings
 from pipelines.files import (
+    BATCH_ROWS,
     Location,
+    Refuse,
     absolute,
     beir_files,
     beir_judgements,
     beir_texts,
+    check_distinct,
     marco_files,
+    split_pattern,
+    text_fault,
     tsv_judgements,
     tsv_texts,
 )
 from pipelines.retrieval_tests import RetrievalTestConfig
 
-BATCH_ROWS = 4096
-_RAW = pa.schema([("row", pa.int64()), ("query", pa.string()), ("passage", pa.string()), ("topic", pa.string())])
+_BATCH_CHARS = 2**26
+_COMMIT = re.compile("[0-9a-f]{40}")
+_RAW = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("query", pa.string()),
+        ("passage", pa.string()),
+        ("topic", pa.string()),
+    ]
+)
 
 
 class Columns(Config):
@@ -52,22 +68,42 @@ class InputConfig(Config):
         "folder; huggingface: a data set by hub name or local folder; docstrings: of an installed package",
     )
     path: str = Field(
-        ..., description="file, folder or glob, local or a URI; a data set's name; a Python package or `stdlib`"
+        ...,
+        description="for parquet and jsonl: a file, a folder with all below it, or a pattern, local or a URI; patterns "
+        "are a shell's: `*` stays in its folder, `**` descends, `[[]` is a bracket itself, and hidden files are left "
+        "out. A folder for tsv and beir; a data set's hub name or local folder; a Python package, module or `stdlib`",
     )
     columns: Columns = Field(Columns(), description="for parquet, jsonl and huggingface")
     split: str = Field("train", description="for tsv, beir and huggingface: which queries and judgements")
     subset: str | None = Field(None, description="for huggingface: the data set's configuration name")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a data set on the hub; by default its latest commit"
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to keep, chosen by the hash of their ids")
 
+    @model_validator(mode="after")
+    def _is_a_name(self) -> Self:
+        if self.format == "huggingface" and "://" in self.path:
+            raise ValueError(
+                f"path {self.path!r} is a URI, and format huggingface takes a data set's hub name or a local folder; "
+                "read files at a URI with format parquet or jsonl"
+            )
+        if self.revision is not None and self.format != "huggingface":
+            raise ValueError(f"revision {self.revision!r} is for format huggingface, not {self.format}")
+        return self
+
     def located(self, folder: str) -> Self:
+        if self.format in ("parquet", "jsonl"):
+            folder = glob.escape(folder)
         named = self.format == "docstrings" or (
             self.format == "huggingface" and not Path(absolute(self.path, folder)).is_dir()
         )
         return self if named else self.model_copy(update={"path": absolute(self.path, folder)})
 
     def content(self) -> dict[str, Any]:
-        """All settings, but for where files lie: `origin` says what they are."""
+        """All settings, but for where files lie and a revision's name: `origin` says what they are."""
         content = super().content()
+        del content["revision"]
         if self.format != "docstrings" and (self.format != "huggingface" or Path(self.path).is_absolute()):
             del content["path"]
         return content
@@ -82,33 +118,27 @@ class Split:
     file: str
 
 
-class Rows:
-    """Collects raw rows and rejects, and hands them on in batches."""
+class _Rows:
+    """Collects raw rows and hands them on in batches."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, Any, Any, Any]] = []
-        self._bad: list[tuple[int, str]] = []
+        self._rows: list[tuple[str, int, str, str, str | None]] = []
+        self._num_chars = 0
 
-    def add(self, row: int, query: str, passage: str, topic: str | None = None) -> None:
-        self._rows.append((row, query, passage, topic))
-
-    def reject(self, row: int, reason: str) -> None:
-        self._bad.append((row, reason))
+    def add(self, file: str, row: int, query: str, passage: str, topic: str | None = None) -> None:
+        self._rows.append((file, row, query, passage, topic))
+        self._num_chars += len(query) + len(passage)
 
     @property
     def full(self) -> bool:
-        return len(self._rows) + len(self._bad) >= BATCH_ROWS
+        return len(self._rows) >= BATCH_ROWS or self._num_chars >= _BATCH_CHARS
 
-    def take(self) -> tuple[pa.Table, list[tuple[int, str]]]:
-        columns: Any = zip(*self._rows, strict=True) if self._rows else [[]] * len(_RAW)
-        table = pa.Table.from_arrays(
+    def take(self) -> pa.Table:
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(_RAW)
+        self._rows, self._num_chars = [], 0
+        return pa.Table.from_arrays(
             [pa.array(column, field.type) for column, field in zip(columns, _RAW, strict=True)], schema=_RAW
         )
-        bad, self._rows, self._bad = self._bad, [], []
-        return table, bad
-
-
-Batches = Iterator[tuple[pa.Table, list[tuple[int, str]]]]
 
 
 def splits(config: InputConfig) -> list[Split]:
@@ -119,12 +149,14 @@ def splits(config: InputConfig) -> list[Split]:
     """
     if config.format in ("parquet", "jsonl"):
         endings = (".parquet",) if config.format == "parquet" else (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-        files = Location(config.path).files(*endings)
+        files = _folder(config).files(*endings, pattern=split_pattern(config.path)[1])
         return [Split(f"{number:05d}", config, info.path) for number, info in enumerate(files)]
     if config.format == "tsv":
         marco_files(Location(config.path), config.split)
     elif config.format == "beir":
         beir_files(Location(config.path), config.split)
+    elif _is_hub_name(config):  # a worker must not ask again: there may be a new commit by then
+        config = config.model_copy(update={"revision": hub_commit(config.path, config.revision) or config.revision})
     return [Split("00000", config, config.path)]
 
 
@@ -135,9 +167,9 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     """
     if config.format == "docstrings":
         return package_content(config.path)
-    if config.format == "huggingface" and not Path(config.path).is_absolute():
-        return []
-    location = Location(config.path)
+    if isinstance(config, InputConfig) and _is_hub_name(config):
+        return hub_commit(config.path, config.revision) or {"revision": config.revision}
+    location = _folder(config)
     if config.format == "huggingface":
         files = location.files("")
     elif config.format == "tsv":
@@ -159,8 +191,55 @@ def package_content(package: str) -> list[str]:
     return [package_version(package), fingerprint(of_files([path for _, path in module_files(package)]))]
 
 
-def read(split: Split) -> Batches:
-    """Raw rows of a split, with (row, reason) for those that could not be read.
+def _folder(config: InputConfig | RetrievalTestConfig) -> Location:
+    patterned = config.format in ("parquet", "jsonl")
+    return Location(split_pattern(config.path)[0] if patterned else config.path)
+
+
+def _is_hub_name(config: InputConfig) -> bool:
+    return config.format == "huggingface" and not Path(config.path).is_absolute()
+
+
+@functools.cache
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a data set on the Hugging Face hub, asked once by each process.
+
+    Where the hub does not answer it is the one that the local cache has seen last, or None; either is said on stderr.
+
+    Raises:
+        StrataError: the hub knows no such data set or revision, or does not show it to this user.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
+
+    try:
+        # Logs a warning of its own when the cache stands in for the hub.
+        return str(HfApi().resolve_revision(name, repo_type="dataset", revision=revision))
+    except RevisionResolutionError:
+        print(
+            f"ingest: the hub does not answer, so the commit of data set {name} is unknown; what is made from it "
+            "carries its name alone and stays when it changes (set its revision to a commit)",
+            file=sys.stderr,
+        )
+        return None
+    except HFValidationError as error:
+        raise StrataError(f"{name}: neither a local folder nor a data set's name on the hub; see the path") from error
+    except HTTPError as error:
+        wanted = f"{name} at {revision}" if revision else name
+        raise StrataError(
+            f"{wanted}: the hub does not give this data set ({str(error).splitlines()[0]}); check its path and "
+            "revision, and HF_TOKEN where it is private"
+        ) from error
+
+
+def read(split: Split, refuse: Refuse) -> Iterator[pa.Table]:
+    """Raw rows of a split, at most BATCH_ROWS at once, as `validate_pairs` takes them.
+
+    A row of tsv and beir is a judgement, by its file and line; lines of queries and of the corpus that cannot be read
+    are refused beside them.
+
+    Args:
+        refuse: told of every row that could not be read.
 
     Raises:
         StrataError: a file is missing, damaged or lacks a column.
@@ -168,111 +247,138 @@ def read(split: Split) -> Batches:
     config = split.input
     match config.format:
         case "parquet":
-            return _read_parquet(split, Location(config.path).at(split.file))
+            return _read_parquet(split, _folder(config).at(split.file))
         case "jsonl":
-            return _read_jsonl(split, Location(config.path).at(split.file))
+            return _read_jsonl(split, _folder(config).at(split.file), refuse)
         case "tsv":
             collection, queries, judgements = marco_files(Location(config.path), config.split)
-            return _join(tsv_texts(collection), tsv_texts(queries), tsv_judgements(judgements, header=False))
+            return _join(
+                tsv_texts(collection, refuse),
+                tsv_texts(queries, refuse),
+                tsv_judgements(judgements, False, refuse),
+                judgements.path,
+                refuse,
+            )
         case "beir":
             corpus, queries, judgements = beir_files(Location(config.path), config.split)
-            return _join(beir_texts(corpus), beir_texts(queries), beir_judgements(judgements))
+            return _join(
+                beir_texts(corpus, refuse),
+                beir_texts(queries, refuse),
+                beir_judgements(judgements, refuse),
+                judgements.path,
+                refuse,
+            )
         case "huggingface":
             return _read_huggingface(split)
         case "docstrings":
             return _read_docstrings(config.path)
 
 
-def _select(table: pa.Table, columns: Columns, first_row: int) -> pa.Table:
+def _columns(columns: Columns, file: str, names: Sequence[str]) -> list[str]:
+    """The distinct names of the mapped columns; StrataError where one is not among `names`, or twice."""
+    wanted = {role: name for role, name in columns if name is not None}
+    for role, name in wanted.items():
+        if name not in names:
+            raise StrataError(f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(names)}")
+    check_distinct(file, list(wanted.values()), names)
+    return sorted(set(wanted.values()))
+
+
+def _select(table: pa.Table, columns: Columns, file: str, first_row: int) -> pa.Table:
     """The mapped columns under their own names, with row numbers from `first_row`."""
-    topic = pa.nulls(table.num_rows, pa.string())
-    if columns.topic:
+    topic = table[columns.topic] if columns.topic else pa.nulls(table.num_rows)
+    if not is_text(topic.type):
         try:
-            topic = table[columns.topic].cast(pa.string())
+            topic = topic.cast(pa.string())
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-            kind = table.schema.field(columns.topic).type
-            raise StrataError(f"columns.topic: {columns.topic!r} is {kind}, not a label; name another") from error
-    rows = pa.array(np.arange(first_row, first_row + table.num_rows))
-    return pa.table({"row": rows, "query": table[columns.query], "passage": table[columns.passage], "topic": topic})
+            raise StrataError(f"columns.topic: {columns.topic!r} is {topic.type}, not a label; name another") from error
+    return pa.table(
+        {
+            "file": pa.array([file] * table.num_rows, pa.string()),
+            "row": pa.array(np.arange(first_row, first_row + table.num_rows)),
+            "query": table[columns.query],
+            "passage": table[columns.passage],
+            "topic": topic,
+        }
+    )
 
 
-def _check_columns(columns: Columns, present: list[str], file: str) -> None:
-    for role in ("query", "passage", "topic"):
-        name = getattr(columns, role)
-        if name is not None and name not in present:
-            raise StrataError(f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(present)}")
-
-
-def _read_parquet(split: Split, location: Location) -> Batches:
+def _read_parquet(split: Split, location: Location) -> Iterator[pa.Table]:
     columns = split.input.columns
-    try:
-        file = pq.ParquetFile(location.path, filesystem=location.fs)
-        _check_columns(columns, file.schema_arrow.names, split.file)
-        wanted = sorted({columns.query, columns.passage, *([columns.topic] if columns.topic else [])})
-        row = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-            yield _select(pa.Table.from_batches([batch]), columns, row), []
-            row += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StrataError(f"{split.file}: not a whole Parquet file ({error}); fetch it again") from error
+    for row, table in location.batches(functools.partial(_columns, columns, split.file)):
+        yield _select(table, columns, split.file, row)
 
 
-def _read_jsonl(split: Split, location: Location) -> Batches:
+def _read_jsonl(split: Split, location: Location, refuse: Refuse) -> Iterator[pa.Table]:
     columns = split.input.columns
-    rows = Rows()
-    checked = False
-    for number, line in location.lines():
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError:
-            rows.reject(number, "not UTF-8")
-            continue
-        except json.JSONDecodeError:
-            rows.reject(number, "not JSON")
-            continue
-        if not isinstance(record, dict):
-            rows.reject(number, "not a JSON object")
-            continue
-        if not checked:  # later rows may lack a field, the first one shows whether the mapping is right
-            _check_columns(columns, list(record), split.file)
-            checked = True
-        query, passage = record.get(columns.query), record.get(columns.passage)
-        topic = record.get(columns.topic) if columns.topic else None
-        for role, value in (("query", query), ("passage", passage)):
-            if not isinstance(value, str):
-                rows.reject(number, f"{role} is missing" if value is None else f"{role} is not text")
-                break
+    rows = _Rows()
+    fields: dict[str, None] = {}
+    num_objects = 0
+    for number, record in location.objects(refuse):
+        num_objects += 1
+        if num_objects <= BATCH_ROWS:  # any row may lack a field; that all of these do shows that the mapping is wrong
+            fields |= dict.fromkeys(record)
+        if num_objects == BATCH_ROWS:
+            _columns(columns, split.file, list(fields))
+        query: Any = record.get(columns.query)
+        passage: Any = record.get(columns.passage)
+        topic: Any = record.get(columns.topic) if columns.topic else None
+        if isinstance(topic, (bool, int, float)):
+            topic = str(topic)
+        reason = text_fault("query", query) or text_fault("passage", passage)
+        if topic is not None:
+            reason = reason or text_fault("topic", topic)
+        if reason:
+            refuse(split.file, number, reason)
         else:
-            rows.add(number, str(query), str(passage), None if topic is None else str(topic))
+            rows.add(split.file, number, query, passage, topic)
         if rows.full:
             yield rows.take()
+    if 0 < num_objects < BATCH_ROWS:
+        _columns(columns, split.file, list(fields))
     yield rows.take()
 
 
-def _read_huggingface(split: Split) -> Batches:
+def _read_huggingface(split: Split) -> Iterator[pa.Table]:
     dataset = _load_dataset(split.input)
-    _check_columns(split.input.columns, dataset.column_names, split.file)
+    columns = split.input.columns
+    _columns(columns, split.file, dataset.column_names)
     for start in range(0, len(dataset), BATCH_ROWS):
-        table = dataset.with_format("arrow")[start : start + BATCH_ROWS]
-        yield _select(table, split.input.columns, start), []
+        yield _select(dataset.with_format("arrow")[start : start + BATCH_ROWS], columns, split.file, start)
 
 
 def _load_dataset(config: InputConfig) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    """The split of a data set.
+
+    Raises:
+        StrataError: there is none, the hub does not answer, or the local cache has another commit than `revision`.
+    """
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
     try:
-        return load_dataset(config.path, config.subset, split=config.split)
-    except (DatasetNotFoundError, ValueError, OSError) as error:
-        raise StrataError(f"{config.path}: the data set cannot be loaded: {error}") from error
+        if not _is_hub_name(config):
+            return load_dataset(config.path, config.subset, split=config.split)
+        # By this spelling no folder of that name is taken for it.
+        builder = load_dataset_builder(f"hf://datasets/{config.path}", config.subset, revision=config.revision)
+        # Where the hub does not answer, `datasets` takes what its cache has.
+        if _COMMIT.fullmatch(config.revision or "") and builder.hash != config.revision:
+            raise StrataError(
+                f"{config.path}: the hub does not answer, and the local cache has commit {builder.hash}, not "
+                f"{config.revision}; try again later, or set its revision"
+            )
+        builder.download_and_prepare()
+        return builder.as_dataset(config.split)
+    except (DatasetsError, HTTPError, ValueError, OSError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise StrataError(f"{config.path}: the data set cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
-def _read_docstrings(package: str) -> Batches:
-    rows = Rows()
+def _read_docstrings(package: str) -> Iterator[pa.Table]:
+    rows = _Rows()
     for found in read_docstrings(package, "train"):
-        rows.add(found.row, found.query, found.passage, found.module)
+        rows.add(found.module, found.row, found.query, found.passage, found.module)
         if rows.full:
             yield rows.take()
     yield rows.take()
@@ -282,24 +388,33 @@ def _join(
     corpus: Iterator[tuple[str, str]],
     queries: Iterator[tuple[str, str]],
     judgements: Iterator[tuple[int, str, str, int]],
-) -> Batches:
-    """Pairs of every judgement above 0, in the order of the corpus. Queries and judgements are held in memory."""
+    file: str,
+    refuse: Refuse,
+) -> Iterator[pa.Table]:
+    """Pairs of every judgement above 0, in the order of the corpus.
+
+    The corpus streams by. Queries and judgements are held in the memory of one process: 0.6 GB for a million of each,
+    measured, so 0.4 GB for MS MARCO's.
+
+    Args:
+        file: that the judgements are in.
+    """
     text_of = dict(queries)
     by_passage: dict[str, list[tuple[int, str]]] = {}
-    rows = Rows()
+    rows = _Rows()
     for row, query, passage, relevance in judgements:
         if relevance <= 0:
-            rows.reject(row, "judged not relevant")
+            refuse(file, row, "judged not relevant")
         elif query in text_of:
-            by_passage.setdefault(passage, []).append((row, query))
+            by_passage.setdefault(passage, []).append((row, text_of[query]))
         else:
-            rows.reject(row, "names a query that is not among the queries")
+            refuse(file, row, "names a query that is not among the queries")
     for passage, text in corpus:
         for row, query in by_passage.pop(passage, ()):
-            rows.add(row, text_of[query], text)
-        if rows.full:
-            yield rows.take()
+            rows.add(file, row, query, text)
+            if rows.full:
+                yield rows.take()
     for missing in by_passage.values():
         for row, _ in missing:
-            rows.reject(row, "names a passage that is not in the collection")
+            refuse(file, row, "names a passage that is not in the collection")
     yield rows.take()

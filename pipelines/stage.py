@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -19,6 +21,10 @@ from clusterlib.artifact import Artifact
 from clusterlib.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
+
+ERRORS = "errors"  # folder of a root: tracebacks of what nobody expected
+
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -63,10 +69,17 @@ def _runtime_env() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of a stage's work; `id` is the same in every run, `work` is what its worker is given."""
+    """A piece of a stage's work.
+
+    Attributes:
+        id: the same in every run.
+        work: what its worker is given.
+        subject: the file, part or source it works on, for messages.
+    """
 
     id: str
     work: Any
+    subject: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ def make(
         publish: makes the artifact from the receipts, given in task order.
 
     Raises:
-        StrataError: a task found bad input.
+        StrataError: a task found bad input, or failed in a way that nobody expected; of that the message says what
+            it worked on and where the traceback is.
     """
     done = draft.receipts()
     todo = [task for task in tasks if task.id not in done]
@@ -109,17 +123,21 @@ def make(
         dataset = ray.data.from_items([{"task": index} for index in range(len(todo))], override_num_blocks=len(todo))
         signed = dataset.map_batches(
             _Actor,
-            fn_constructor_args=(draft, todo, worker),
+            fn_constructor_args=(draft, label, todo, worker),
             batch_size=1,
             compute=_pool(workers, len(todo)),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
             memory=workers.memory_bytes or None,
         )
-        for row in signed.iter_rows():
-            if row["error"]:
-                raise StrataError(row["error"])
-            progress.advance(row["num_rows"])
+
+        def follow() -> None:
+            for row in signed.iter_rows():
+                if row["error"]:
+                    raise StrataError(row["error"])
+                progress.advance(row["num_rows"])
+
+        told(draft, f"{label}: Ray could not run the tasks", "ray", follow)
     progress.close()
     receipts = [receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None]
     if len(receipts) == len(tasks):
@@ -151,27 +169,91 @@ def largest_node_bytes() -> float:
     return max(float(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
 
 
-class _Actor:
-    """A process that does a stage's tasks one by one and signs for each."""
+def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Made:
+    """What `call` returns; an exception that nobody expected is told in one message.
 
-    def __init__(self, draft: Draft, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]]) -> None:
+    Its traceback, from `call` on, is kept in `{root}/errors/{kind}-{fingerprint}-{name}.txt`.
+
+    Args:
+        subject: the stage, the task and what it works on; the message begins with it.
+
+    Raises:
+        StrataError: as `call` raised it, or for any other exception.
+    """
+    try:
+        return call()
+    except StrataError:
+        raise
+    # Whatever it was, the user gets one message and we get the traceback.
+    except Exception as error:  # noqa: BLE001
+        folder = f"{draft.root.path}/{ERRORS}"
+        path = f"{folder}/{draft.spec.name.replace('/', '-')}-{name}.txt"
+        text = f"{subject}\n{dt.datetime.now(dt.UTC).isoformat(timespec='seconds')}\n\n{traceback.format_exc()}"
+        kept = f"its traceback is in {path}"
+        try:
+            draft.root.fs.create_dir(folder, recursive=True)
+            with draft.root.fs.open_output_stream(path) as stream:
+                stream.write(text.encode(errors="backslashreplace"))
+        except OSError as fault:
+            kept = f"its traceback could not be written to {path} ({fault})"
+        reason = next(iter(str(error).splitlines()), "no message")
+        raise StrataError(f"{subject}: {type(error).__name__}: {reason}; {kept}") from error
+
+
+def fetch(draft: Draft, subject: str, reference: ray.ObjectRef) -> Any:
+    """The result of a Ray task that tells its errors with `told`; what Ray itself fails at is told likewise."""
+
+    def get() -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, StrataError):
+                raise error.cause from None
+            raise
+
+    return told(draft, subject, "ray", get)
+
+
+class _Actor:
+    """A process that does a stage's tasks one by one and signs for each.
+
+    Errors are told to the driver as data: Ray would bury them in tracebacks, or try again.
+    """
+
+    def __init__(
+        self, draft: Draft, label: str, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]]
+    ) -> None:
         self._draft = draft
+        self._label = label
         self._tasks = tasks
-        self._work = worker()
+        self._error = ""
+        try:
+            self._work = told(draft, f"{label}: a worker could not start", "start", worker)
+        except StrataError as error:
+            self._error = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         task = self._tasks[int(batch["task"][0])]
+        num_rows, error = 0, self._error
+        if not error:
+            try:
+                subject = f"{self._label}: task {task.id} ({task.subject})"
+                num_rows = told(self._draft, subject, task.id, lambda: self._do(task))
+            except StrataError as fault:
+                error = str(fault)
+        return {"num_rows": [num_rows], "error": [error]}
+
+    def _do(self, task: Task) -> int:
+        """The number of rows that the task read."""
         try:
             receipt = self._work(task.work)
             self._draft.commit(task.id, receipt)
-        except StrataError as error:  # told to the driver as data: Ray would bury it in tracebacks
-            return {"num_rows": [0], "error": [str(error)]}
         except OSError:
             # Another driver may have published the artifact and swept the files this task was writing.
             if self._draft.root.find(self._draft.spec) is None:
                 raise
-            return {"num_rows": [0], "error": [""]}
-        return {"num_rows": [receipt.num_rows_in], "error": [""]}
+            return 0
+        return receipt.num_rows_in
 
 
 class ProgressLine:

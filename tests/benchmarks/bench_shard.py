@@ -109,7 +109,7 @@ def by_shards(folder: Path, out: Path) -> None:
     from pipelines.stage import Task, Workers, make
 
     draft = Draft(Root(str(out)), Spec("shards", 1, {}))
-    tasks = [Task(path.stem, (file, path)) for file, path in enumerate(sorted(folder.iterdir()))]
+    tasks = [Task(path.stem, (file, path), path.name) for file, path in enumerate(sorted(folder.iterdir()))]
     make(draft, "shard", tasks, lambda: Grouper(draft), Workers(), draft.publish)
 
 

@@ -19,6 +19,7 @@ def raw(query, passage, topic=None):
     count = len(query)
     return pa.table(
         {
+            "file": pa.array(["file.parquet"] * count, pa.string()),
             "row": pa.array(range(10, 10 + count), pa.int64()),
             "query": query,
             "passage": passage,
@@ -45,7 +46,7 @@ def test_pair_ids_tell_sources_and_sides_apart():
 
 def test_unusable_rows_are_refused_with_row_and_reason_and_none_is_lost():
     table = raw(["q1", "", None, "q4", "  ", "q6"], ["p1", "p2", "p3", "", None, "x" * 21])
-    pairs, rejects = validate_pairs(table, "src", "file.parquet", max_chars=20)
+    pairs, rejects = validate_pairs(table, "src", max_chars=20)
     assert pairs.schema == PAIRS and rejects.schema == REJECTS
     assert pairs["query"].to_pylist() == ["q1"] and pairs["source"].to_pylist() == ["src"]
     assert list(zip(rejects["row"].to_pylist(), rejects["reason"].to_pylist(), strict=True)) == [
@@ -59,7 +60,7 @@ def test_unusable_rows_are_refused_with_row_and_reason_and_none_is_lost():
 
 
 def test_a_column_of_numbers_is_refused_by_its_type():
-    pairs, rejects = validate_pairs(raw(["q", "r"], pa.array([1, 2])), "src", "f", 100)
+    pairs, rejects = validate_pairs(raw(["q", "r"], pa.array([1, 2])), "src", 100)
     assert pairs.num_rows == 0
     assert rejects["reason"].to_pylist() == ["passage is int64, not text"] * 2
 
@@ -67,7 +68,7 @@ def test_a_column_of_numbers_is_refused_by_its_type():
 def test_text_that_is_not_utf8_is_refused_row_by_row():
     binary = pa.array([b"fine", b"\xff\xfe", None], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
-    pairs, rejects = validate_pairs(raw(column, ["p", "p", "p"]), "src", "f", 100)
+    pairs, rejects = validate_pairs(raw(column, ["p", "p", "p"]), "src", 100)
     assert pairs["query"].to_pylist() == ["fine"]
     assert rejects["reason"].to_pylist() == ["query is not UTF-8", "query is missing"]
 

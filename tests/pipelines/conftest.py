@@ -1,19 +1,23 @@
 """A small chain of artifacts made once, for the tests of single stages."""
 
 import json
+import tempfile
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from clusterlib.artifact import Root
+from clusterlib.artifact import Root, Spec
+from clusterlib.draft import Draft
+from clusterlib.tables import PAIRS, REJECTS
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.embed import EmbedConfig, embed
-from pipelines.ingest import IngestConfig, ingest
+from pipelines.ingest import IngestConfig, _Worker, ingest
 from pipelines.shard import ShardConfig, shard
-from pipelines.sources import InputConfig
+from pipelines.sources import InputConfig, splits
 from train.model import ModelRef, TokenizerRef
 
 
@@ -45,6 +49,24 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
     return SimpleNamespace(
         root=root, configs=configs, pairs=pairs, embeddings=embeddings, centroids=centroids, shards=shards
     )
+
+
+@pytest.fixture(scope="session")
+def read_here():
+    """What `ingest` makes of one input, in this process: the pairs artifact and its rejects as dicts."""
+
+    def read(settings, folder, max_chars=100):
+        source = InputConfig(**{"source": "s", **settings}).located(str(folder))
+        with tempfile.TemporaryDirectory() as root:
+            draft = Draft(Root(root), Spec("pairs", 1, {}))
+            worker = _Worker(draft, max_chars, np.empty(0, np.uint64))
+            receipts = [worker((split.id, split)) for split in splits(source)]
+            made = draft.publish(receipts)  # which checks that no row is lost
+            table = made.read("rejects") if made.parts("rejects") else REJECTS.empty_table()
+            assert made.read().schema == PAIRS and table.schema == REJECTS
+            return made.read().to_pylist(), table.to_pylist(), made.manifest
+
+    return read
 
 
 @pytest.fixture(scope="session")

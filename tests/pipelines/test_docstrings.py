@@ -1,3 +1,8 @@
+import importlib
+import platform
+import sys
+import types
+
 import pytest
 
 from clusterlib.errors import StrataError
@@ -118,6 +123,74 @@ def test_packages_are_read_without_being_imported(tmp_path, monkeypatch):
     ]
     found = [item.module for split in ("train", "test") for item in read_docstrings("fakepkg", split)]
     assert sorted(found) == ["fakepkg", "fakepkg.alpha", "fakepkg.beta"]
+
+
+BODY = '"""Read me first please.\n\n' + "This passage has more than fifteen words " * 4 + '"""\n'
+
+
+def install(folder, name, version, *files):
+    """A distribution of Python files in a folder of its own."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(BODY)
+
+
+def test_a_module_that_is_one_file_is_that_file(tmp_path, monkeypatch):
+    install(tmp_path, "single-file", "3", "onefile.py")
+    install(tmp_path, "neighbour", "1", "neighbour/__init__.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module_files("onefile") == [("onefile", tmp_path / "onefile.py")]
+    assert package_version("onefile") == "single-file 3"
+    importlib.import_module("six")  # which then says of itself that it is a package
+    assert [(module, path.name) for module, path in module_files("six")] == [("six", "six.py")]
+
+
+def test_a_namespace_package_is_what_is_installed_of_it(tmp_path, monkeypatch):
+    install(tmp_path / "a", "space-one", "1", "space/one/__init__.py", "space/one/deep.py")
+    install(tmp_path / "b", "space-two", "2", "space/two.py", "elsewhere/other.py")
+    for folder in "ab":
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    assert package_version("space") == "space-one 1, space-two 2"
+    assert sorted(module for module, _ in module_files("space")) == ["space.one", "space.one.deep", "space.two"]
+    assert [module for module, _ in module_files("space.one")] == ["space.one", "space.one.deep"]
+    assert module_files("space.two") == [("space.two", tmp_path / "b" / "space" / "two.py")]
+    assert "space" not in sys.modules
+
+
+def test_modules_of_the_standard_library_have_its_version():
+    assert package_version("json") == package_version("stdlib") == f"python {platform.python_version()}"
+    assert "json.decoder" in [module for module, _ in module_files("json")]
+    assert [module for module, _ in module_files("xml.dom.minidom")] == ["xml.dom.minidom"]
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("sys", "sys: it is built in or compiled"),
+        ("_cffi_backend", "_cffi_backend: it is built in or compiled"),
+        ("numpy.nope", "numpy.nope: numpy is installed and has no Python source of this name"),
+        ("numpy..linalg", "no such Python package"),
+        ("numpy./etc", "no such Python package"),
+        ("", "no such Python package"),
+        ("handmade", "no such Python package"),
+        ("uninstalled", "uninstalled: no installed distribution holds it"),
+    ],
+)
+def test_what_has_no_docstrings_to_read_is_told(package, message, tmp_path, monkeypatch):
+    (tmp_path / "uninstalled.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "handmade", types.ModuleType("handmade"))  # as __main__ may be
+    for function in (package_version, module_files):
+        with pytest.raises(StrataError, match=message):
+            function(package)
+
+
+def test_a_docstring_that_is_no_unicode_text_is_passed_over():
+    assert split_docstring("Read me first.\n\n" + "This passage has more than fifteen words \ud800" * 4) is None
 
 
 def test_the_split_is_by_module_and_about_a_tenth():

@@ -49,7 +49,7 @@ def draft(ray_running, tmp_path):
 
 
 def run(draft, worker):
-    tasks = [Task(f"{work}", work) for work in (1, 2, 3)]
+    tasks = [Task(f"{work}", work, f"file {work}") for work in (1, 2, 3)]
     publish = functools.partial(draft.publish, stats={"by": "us"})
     return make(draft, "test", tasks, functools.partial(worker, draft), Workers(max_workers=1), publish)
 
@@ -81,6 +81,8 @@ def test_a_driver_that_is_overtaken_while_it_publishes_returns_what_the_other_ma
         extra = draft.write("extra", "0", SCHEMA, groups())
         return draft.publish([*receipts, Receipt([extra])], {"by": "us"})
 
-    made = make(draft, "test", [Task("6", 6)], functools.partial(Plain, draft), Workers(max_workers=1), publish)
+    made = make(
+        draft, "test", [Task("6", 6, "file 6")], functools.partial(Plain, draft), Workers(max_workers=1), publish
+    )
     assert made.stats["by"] == "other"
     made.verify()
