@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from clusterlib import hub
 from clusterlib.config import Config, fingerprint
 from clusterlib.digests import contents, of_files
 from clusterlib.errors import StrataError
@@ -38,7 +37,6 @@ from pipelines.files import (
 from pipelines.retrieval_tests import RetrievalTestConfig
 
 _BATCH_CHARS = 2**26
-_COMMIT = re.compile("[0-9a-f]{40}")
 _RAW = pa.schema(
     [
         ("file", pa.string()),
@@ -156,7 +154,9 @@ def splits(config: InputConfig) -> list[Split]:
     elif config.format == "beir":
         beir_files(Location(config.path), config.split)
     elif _is_hub_name(config):  # a worker must not ask again: there may be a new commit by then
-        config = config.model_copy(update={"revision": hub_commit(config.path, config.revision) or config.revision})
+        config = config.model_copy(
+            update={"revision": hub.commit(config.path, config.revision, "dataset") or config.revision}
+        )
     return [Split("00000", config, config.path)]
 
 
@@ -168,7 +168,7 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     if config.format == "docstrings":
         return package_content(config.path)
     if isinstance(config, InputConfig) and _is_hub_name(config):
-        return hub_commit(config.path, config.revision) or {"revision": config.revision}
+        return hub.commit(config.path, config.revision, "dataset") or {"revision": config.revision}
     location = _folder(config)
     if config.format == "huggingface":
         files = location.files("")
@@ -198,38 +198,6 @@ def _folder(config: InputConfig | RetrievalTestConfig) -> Location:
 
 def _is_hub_name(config: InputConfig) -> bool:
     return config.format == "huggingface" and not Path(config.path).is_absolute()
-
-
-@functools.cache
-def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit of a data set on the Hugging Face hub, asked once by each process.
-
-    Where the hub does not answer it is the one that the local cache has seen last, or None; either is said on stderr.
-
-    Raises:
-        StrataError: the hub knows no such data set or revision, or does not show it to this user.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
-
-    try:
-        # Logs a warning of its own when the cache stands in for the hub.
-        return str(HfApi().resolve_revision(name, repo_type="dataset", revision=revision))
-    except RevisionResolutionError:
-        print(
-            f"ingest: the hub does not answer, so the commit of data set {name} is unknown; what is made from it "
-            "carries its name alone and stays when it changes (set its revision to a commit)",
-            file=sys.stderr,
-        )
-        return None
-    except HFValidationError as error:
-        raise StrataError(f"{name}: neither a local folder nor a data set's name on the hub; see the path") from error
-    except HTTPError as error:
-        wanted = f"{name} at {revision}" if revision else name
-        raise StrataError(
-            f"{wanted}: the hub does not give this data set ({str(error).splitlines()[0]}); check its path and "
-            "revision, and HF_TOKEN where it is private"
-        ) from error
 
 
 def read(split: Split, refuse: Refuse) -> Iterator[pa.Table]:
@@ -363,7 +331,7 @@ def _load_dataset(config: InputConfig) -> Any:
         # By this spelling no folder of that name is taken for it.
         builder = load_dataset_builder(f"hf://datasets/{config.path}", config.subset, revision=config.revision)
         # Where the hub does not answer, `datasets` takes what its cache has.
-        if _COMMIT.fullmatch(config.revision or "") and builder.hash != config.revision:
+        if hub.is_commit(config.revision) and builder.hash != config.revision:
             raise StrataError(
                 f"{config.path}: the hub does not answer, and the local cache has commit {builder.hash}, not "
                 f"{config.revision}; try again later, or set its revision"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from clusterlib.config import validate
 from clusterlib.errors import StrataError
+from clusterlib.hub import commit
 from pipelines.files import split_pattern
-from pipelines.sources import Columns, InputConfig, hub_commit, origin, read, splits
+from pipelines.sources import Columns, InputConfig, origin, read, splits
 
 ROWS = [("q1", "p1", "t1"), ("q2", "p2", "t2"), ("q3", "p3", "t1")]
 
@@ -252,16 +253,16 @@ class Hub:
         assert repo_type == "dataset"
         if not self.answers:
             raise RevisionResolutionError("not reached")
-        return self.commits[name, revision]
+        return SimpleNamespace(resolved=self.commits[name, revision])
 
 
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub({("o/set", None): "1" * 40, ("o/set", "v2"): "2" * 40})
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    hub_commit.cache_clear()
+    commit.cache_clear()
     yield hub
-    hub_commit.cache_clear()
+    commit.cache_clear()
 
 
 def test_a_data_set_on_the_hub_is_pinned_to_a_commit(hub, tmp_path, table, monkeypatch):
@@ -291,7 +292,7 @@ def test_without_the_hub_a_data_set_is_its_name_and_the_user_is_told(hub, capsys
     hub.answers = False
     source = config("o/set", format="huggingface", revision="v2").located("/")
     assert origin(source) == origin(source) == {"revision": "v2"}
-    assert capsys.readouterr().err.count("the commit of data set o/set is unknown") == 1
+    assert capsys.readouterr().err.count("o/set at v2: the hub does not say which commit this dataset is at") == 1
 
 
 def test_another_commit_than_the_one_in_the_fingerprint_is_not_loaded(hub, monkeypatch):
@@ -318,8 +319,8 @@ def test_a_hub_that_knows_no_such_data_set_is_an_error(monkeypatch):
         raise RepositoryNotFoundError("404 not found", response=httpx2.Response(404, request=request))
 
     monkeypatch.setattr("huggingface_hub.HfApi.resolve_revision", refuse)
-    with pytest.raises(StrataError, match="o/nope: the hub does not give this data set .404 not found"):
+    with pytest.raises(StrataError, match="o/nope: the hub does not give this dataset .404 not found"):
         origin(config("o/nope", format="huggingface").located("/"))
     monkeypatch.undo()
-    with pytest.raises(StrataError, match=r"\./a/b: neither a local folder nor a data set's name"):
+    with pytest.raises(StrataError, match=r"\./a/b: neither a local folder nor the name of a dataset"):
         origin(config("./a/b", format="huggingface").located("/"))
