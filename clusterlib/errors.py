@@ -4,6 +4,6 @@
 class StrataError(Exception):
     """Bad input or configuration.
 
-    The message names the file, row or field, the bad value and the remedy. The command line prints it
-    alone, without a traceback, and exits with status 1.
+    The message names the file, row or field, the bad value and the remedy. The command line prints
+    it alone, without a traceback, and exits with status 1.
     """

@@ -1,7 +1,7 @@
 """The stages: each reads one artifact and writes one, and `run` chains them."""
 
-# What libraries read when they are imported, here and in the processes that Ray starts: their own progress
-# bars and notices would bury ours. What the user's environment says comes first.
+# What libraries read when they are imported, here and in the processes that Ray starts: their own
+# progress bars and notices would bury ours. What the user's environment says comes first.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",

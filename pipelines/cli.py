@@ -14,7 +14,7 @@ from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from clusterlib.artifact import Artifact
+    from clusterlib.artifacts.artifact import Artifact
     from pipelines.run import Run, RunConfig
 
 STAGES = {
@@ -45,7 +45,9 @@ def main() -> None:
     """Cluster-stratified contrastive pretraining of text embeddings, on Ray."""
 
 
-_root = click.option("--root", default="runs", show_default=True, help="Folder or URI for artifacts.")
+_root = click.option(
+    "--root", default="runs", show_default=True, help="Folder or URI for artifacts."
+)
 
 
 def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -53,14 +55,21 @@ def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], cli
 
     def decorate(function: Callable[..., None]) -> click.Command:
         for decorator in (
-            click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would run."),
-            click.option("--address", help="Of a running Ray cluster; by default RAY_ADDRESS, else this machine."),
+            click.option(
+                "--dry-run", is_flag=True, help="Print the resolved recipe and what would run."
+            ),
+            click.option(
+                "--address",
+                help="Of a running Ray cluster; by default RAY_ADDRESS, else this machine.",
+            ),
             _root,
             click.argument("overrides", nargs=-1, metavar="[SETTING=VALUE]..."),
             click.argument("recipe"),
         ):
             function = decorator(function)
-        text_of_all = f"{text}\n\nRECIPE is the name of a packaged recipe or the path of a .yaml file."
+        text_of_all = (
+            f"{text}\n\nRECIPE is the name of a packaged recipe or the path of a .yaml file."
+        )
         return main.command(name, cls=_Command, help=text_of_all, short_help=text)(function)
 
     return decorate
@@ -68,7 +77,7 @@ def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], cli
 
 def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
     os.environ.update({**ENVIRONMENT, **os.environ})
-    from clusterlib.config import parse_overrides
+    from clusterlib.artifacts.config import parse_overrides
     from pipelines.run import load_recipe
 
     return load_recipe(recipe, parse_overrides(overrides))
@@ -77,7 +86,7 @@ def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
 def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> Run | None:
     """The run to do, its root writable; None when it was only to be shown."""
     config = _load(recipe, overrides)
-    from clusterlib.artifact import Root
+    from clusterlib.artifacts.artifact import Root
     from pipelines.files import absolute
     from pipelines.run import Run
 
@@ -91,7 +100,12 @@ def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> 
 
 
 def _do(
-    stages: list[str], recipe: str, overrides: tuple[str, ...], root: str, address: str | None, dry_run: bool
+    stages: list[str],
+    recipe: str,
+    overrides: tuple[str, ...],
+    root: str,
+    address: str | None,
+    dry_run: bool,
 ) -> None:
     run = _open(recipe, overrides, root, dry_run)
     if run is None:
@@ -101,7 +115,9 @@ def _do(
     with ray_session(address):
         for stage in stages:
             made = getattr(run, stage)()
-            found = {item.name: item for item in (made.values() if isinstance(made, dict) else [made])}
+            found = {
+                item.name: item for item in (made.values() if isinstance(made, dict) else [made])
+            }
             for artifact in found.values():
                 click.echo(f"{stage}: {artifact.path}")
     if "evaluate" in stages:
@@ -129,7 +145,13 @@ for _stage, _text in STAGES.items():
 
 
 @_recipe_command("evaluate", STAGES["evaluate"])
-@click.option("--model", "models", multiple=True, metavar="NAME", help="Score this folder or hub model instead.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="Score this folder or hub model instead.",
+)
 def _evaluate(models: tuple[str, ...], **arguments: Any) -> None:
     if not models:
         _do(["evaluate"], **arguments)
@@ -146,7 +168,9 @@ def _evaluate(models: tuple[str, ...], **arguments: Any) -> None:
 
 
 @_recipe_command("tune", "Train and score every combination of tune.space, on finished shards.")
-def _tune(recipe: str, overrides: tuple[str, ...], root: str, address: str | None, dry_run: bool) -> None:
+def _tune(
+    recipe: str, overrides: tuple[str, ...], root: str, address: str | None, dry_run: bool
+) -> None:
     run = _open(recipe, overrides, root, dry_run)
     if run is None:
         return
@@ -157,7 +181,9 @@ def _tune(recipe: str, overrides: tuple[str, ...], root: str, address: str | Non
     click.echo(f"\n{run.config.tune.metric:>12}  {'seconds':>8}  trial")
     for outcome in outcomes:
         value = "failed" if outcome.value is None else f"{outcome.value:.4f}"
-        click.echo(f"{value:>12}  {outcome.seconds:>8.0f}  {outcome.name}  {outcome.error or ''}".rstrip())
+        click.echo(
+            f"{value:>12}  {outcome.seconds:>8.0f}  {outcome.name}  {outcome.error or ''}".rstrip()
+        )
     if any(outcome.error for outcome in outcomes):
         raise StrataError("some trials failed")
 
@@ -169,11 +195,12 @@ def _tune(recipe: str, overrides: tuple[str, ...], root: str, address: str | Non
 def _plan(recipe: str, overrides: tuple[str, ...], root: str) -> None:
     """Show what fills the batches of every arm of RECIPE, from finished shards and before training.
 
-    Sizes of strata are the smallest, the median and the largest, in batches. Covered are the rows that an
-    epoch visits; dropped are those that fill no batch, others every time; repeated those visited again.
+    Sizes of strata are the smallest, the median and the largest, in batches. Covered are the rows
+    that an epoch visits; dropped are those that fill no batch, others every time; repeated those
+    visited again.
     """
     config = _load(recipe, overrides)
-    from clusterlib.artifact import Root
+    from clusterlib.artifacts.artifact import Root
     from pipelines.plan import format_plan
     from pipelines.run import Run
 
@@ -186,10 +213,17 @@ def _plan(recipe: str, overrides: tuple[str, ...], root: str) -> None:
 @click.argument("command", type=click.Choice(["run", *STAGES, "tune"]))
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[SETTING=VALUE]...")
-@click.option("--address", default="http://127.0.0.1:8265", show_default=True, help="URL of the cluster's dashboard.")
+@click.option(
+    "--address",
+    default="http://127.0.0.1:8265",
+    show_default=True,
+    help="URL of the cluster's dashboard.",
+)
 @click.option("--root", required=True, help="Folder or URI for artifacts that every node reaches.")
 def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str, root: str) -> None:
-    """Run COMMAND on RECIPE as a job on a Ray cluster; follow its log and return its exit status."""
+    """Run COMMAND on RECIPE as a job on a Ray cluster; follow its log and return its exit
+    status.
+    """
     config = _load(recipe, overrides)
     from pipelines.submit import submit
 
@@ -200,10 +234,12 @@ def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str,
 @click.argument("artifact", required=False)
 @_root
 @click.option("--verify", is_flag=True, help="Read every part and check its digest.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON array, an object for each artifact.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON array, an object for each artifact."
+)
 def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> None:
     """Show an ARTIFACT, named KIND or KIND/FINGERPRINT; list all without one."""
-    from clusterlib.artifact import Root
+    from clusterlib.artifacts.artifact import Root
     from pipelines.inspect import as_text, describe, listing
 
     opened = Root(root)
@@ -211,7 +247,9 @@ def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> No
     found = [item for item in artifacts if artifact in (None, item.kind, item.name)]
     if artifact is not None and not found:
         known = ", ".join(item.name for item in artifacts) or "none"
-        raise StrataError(f"{artifact}: no finished artifact of that name under {opened.path}; there are: {known}")
+        raise StrataError(
+            f"{artifact}: no finished artifact of that name under {opened.path}; there are: {known}"
+        )
     if verify:
         for item in found:
             item.verify()
@@ -235,7 +273,9 @@ def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
 def _dry_run(run: Run) -> None:
     import yaml
 
-    click.echo(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    click.echo(
+        yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    )
     try:
         specs = run.specs()
     except StrataError as error:

@@ -1,4 +1,6 @@
-"""Query-passage pairs from the docstrings of installed Python packages, read with `ast`; nothing is imported."""
+"""Query-passage pairs from the docstrings of installed Python packages, read with `ast`; nothing is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ HELD_OUT_PERCENT = 10  # of the modules
 _MIN_PASSAGE_WORDS = 15
 _MAX_QUERY_WORDS = 64
 # Tests and vendored copies say nothing of the package, or say it twice.
-_SKIPPED = {"tests", "test", "testing", "_vendor", "vendored", "thirdparty", "thirdparty_files", "site-packages"}
+_SKIPPED = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "vendored",
+    "thirdparty",
+    "thirdparty_files",
+    "site-packages",
+}
 
 _DOCTEST = re.compile(r"^[ \t]*(>>>|\.\.\.( |$)|In \[\d+\]:)")
 _DIRECTIVE = re.compile(r"^([ \t]*)\.\. (\w[\w:-]*::|_|\[)")
@@ -36,9 +47,9 @@ _NUMPY_PARAMETER = re.compile(r"^\*{0,2}[\w.]+(, ?\*{0,2}[\w.]+)* ?: ?[\w{\[('\"
 _GOOGLE_PARAMETER = re.compile(r"^\s+[*\w.]+( ?\([^)]*\))?: ")
 _SIGNATURE = re.compile(r"^[\w.]+\s*\(.*\)(\s*->\s*.*)?$", re.DOTALL)
 _SECTIONS = {
-    "parameters", "returns", "return", "raises", "yields", "notes", "see also", "examples", "example",
-    "references", "attributes", "methods", "warnings", "warning", "other parameters", "args", "arguments",
-    "keyword arguments", "kwargs", "note", "usage", "shape",
+    "parameters", "returns", "return", "raises", "yields", "notes", "see also", "examples",
+    "example", "references", "attributes", "methods", "warnings", "warning", "other parameters",
+    "args", "arguments", "keyword arguments", "kwargs", "note", "usage", "shape",
 }  # fmt: skip
 _DROPPED_SECTIONS = {"see also", "references", "examples", "example", "methods"}
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
@@ -60,7 +71,8 @@ class Docstring:
 
 
 def package_version(package: str) -> str:
-    """What stands for the package's content in a fingerprint: the versions of what it was installed with.
+    """What stands for the package's content in a fingerprint: the versions of what it was installed
+    with.
 
     Raises:
         StrataError: no such package is installed, or none of its source.
@@ -71,14 +83,17 @@ def package_version(package: str) -> str:
         return f"python {platform.python_version()}"
     names = sorted(set(importlib.metadata.packages_distributions().get(top, ())))
     if not names:
-        raise StrataError(f"{package}: no installed distribution holds it, so its version is unknown; install it")
+        raise StrataError(
+            f"{package}: no installed distribution holds it, so its version is unknown; install it"
+        )
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def module_files(package: str) -> list[tuple[str, Path]]:
     """(dotted module, file) of the package's modules, sorted, without tests and vendored copies.
 
-    A module that is one file is that file; a namespace package is what is installed of it, wherever that lies.
+    A module that is one file is that file; a namespace package is what is installed of it, wherever
+    that lies.
     """
     package_version(package)
     prefix = [] if package == STANDARD_LIBRARY else [package]
@@ -91,7 +106,9 @@ def module_files(package: str) -> list[tuple[str, Path]]:
             parts = path.relative_to(place).with_suffix("").parts
             skipped = _SKIPPED.intersection(parts) or parts[-1].startswith(("test_", "conftest"))
             if path.is_file() and not skipped:
-                found.append((".".join([*prefix, *(part for part in parts if part != "__init__")]), path))
+                found.append(
+                    (".".join([*prefix, *(part for part in parts if part != "__init__")]), path)
+                )
     return found
 
 
@@ -102,11 +119,15 @@ def _places(package: str) -> list[Path]:
     top, *inner = package.split(".")
     named = all(name.isidentifier() for name in (top, *inner))
     try:
-        spec = importlib.util.find_spec(top) if named else None  # of a top-level name it imports nothing
+        spec = (
+            importlib.util.find_spec(top) if named else None
+        )  # of a top-level name it imports nothing
     except ValueError:  # a module that no file made, as __main__ may be
         spec = None
     if spec is None:
-        raise StrataError(f"{package}: no such Python package is installed; its docstrings cannot be read")
+        raise StrataError(
+            f"{package}: no such Python package is installed; its docstrings cannot be read"
+        )
     if spec.submodule_search_locations:  # six sets an empty list of them once it is imported
         places = [Path(folder) for folder in spec.submodule_search_locations]
     else:
@@ -117,30 +138,42 @@ def _places(package: str) -> list[Path]:
         files = [place / f"{name}.py" for place in places if (place / f"{name}.py").is_file()]
         places = packages[:1] or files[:1] or folders  # as Python's import chooses
         if not places:
-            raise StrataError(f"{package}: {top} is installed and has no Python source of this name")
+            raise StrataError(
+                f"{package}: {top} is installed and has no Python source of this name"
+            )
     places = [place for place in places if place.is_dir() or place.suffix == ".py"]
     if not places:
-        raise StrataError(f"{package}: it is built in or compiled, so there is no Python source to read docstrings of")
+        raise StrataError(
+            f"{package}: it is built in or compiled, so there is no Python source to read "
+            "docstrings of"
+        )
     return places
 
 
 def held_out(module: str) -> bool:
-    """Whether a module belongs to the test split: a fixed 10% of all modules, by the hash of their names."""
+    """Whether a module belongs to the test split: a fixed 10% of all modules, by the hash of their
+    names.
+    """
     return xxhash.xxh3_64_intdigest(module.encode()) % 100 < HELD_OUT_PERCENT
 
 
 def read_docstrings(package: str, split: Literal["train", "test"]) -> Iterator[Docstring]:
     """Docstrings of the package's modules in the split, in order of module and line.
 
-    The first paragraph is the query and the rest the passage; a docstring whose passage has fewer than
-    15 words is passed over, since most one-line docstrings have none.
+    The first paragraph is the query and the rest the passage; a docstring whose passage has fewer
+    than 15 words is passed over, since most one-line docstrings have none.
     """
     for module, path in module_files(package):
         if held_out(module) != (split == "test"):
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # for other Python versions, templates
+        except (
+            SyntaxError,
+            ValueError,
+            RecursionError,
+            MemoryError,
+        ):  # for other Python versions, templates
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -151,7 +184,9 @@ def read_docstrings(package: str, split: Literal["train", "test"]) -> Iterator[D
 
 
 def split_docstring(text: str) -> tuple[str, str] | None:
-    """(query, passage) of a raw docstring, cleaned of signatures, code, doctests and markup; or None."""
+    """(query, passage) of a raw docstring, cleaned of signatures, code, doctests and markup; or
+    None.
+    """
     if _SURROGATE.search(text):  # as an escape in the source; it is in no encoding
         return None
     paragraphs = [paragraph for paragraph in clean_docstring(text).split("\n\n") if paragraph]
@@ -169,7 +204,9 @@ def clean_docstring(text: str) -> str:
     """The prose of a docstring: paragraphs on one line each, joined by blank lines."""
     lines = inspect.cleandoc(text).splitlines()
     kept: list[str] = []
-    skip_deeper: int | None = None  # inside a directive or literal block: lines indented deeper than this
+    skip_deeper: int | None = (
+        None  # inside a directive or literal block: lines indented deeper than this
+    )
     in_doctest = dropping = False
     for number, line in enumerate(lines):
         stripped = line.strip()
@@ -201,7 +238,11 @@ def clean_docstring(text: str) -> str:
         if stripped.endswith("::"):
             skip_deeper = indent
             line = line.rstrip()[:-1]
-        if _NUMPY_PARAMETER.match(line) and number + 1 < len(lines) and lines[number + 1].startswith((" ", "\t")):
+        if (
+            _NUMPY_PARAMETER.match(line)
+            and number + 1 < len(lines)
+            and lines[number + 1].startswith((" ", "\t"))
+        ):
             continue
         line = _FIELD.sub("", _GOOGLE_PARAMETER.sub("", line))
         kept.append(line.strip())

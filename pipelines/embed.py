@@ -14,11 +14,11 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Root, Slice, Spec
-from clusterlib.config import Config, runtime
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Artifact, Root, Slice, Spec
+from clusterlib.artifacts.config import Config, runtime
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.errors import StrataError
-from clusterlib.tables import embeddings_schema, fixed_size_list
 from pipelines.stage import Task, Workers, make
 from train.model import ModelRef
 
@@ -29,23 +29,40 @@ class EmbedConfig(Config):
     """The teacher: any sentence-transformers or Hugging Face encoder."""
 
     teacher: ModelRef
-    max_tokens: int | None = Field(None, ge=3, description="longer texts are cut; by default at the model's own limit")
-    query_prompt: str | None = Field(None, description="put before each query; by default the model's own prompt")
-    passage_prompt: str | None = Field(None, description="put before each passage; by default the model's own")
+    max_tokens: int | None = Field(
+        None, ge=3, description="longer texts are cut; by default at the model's own limit"
+    )
+    query_prompt: str | None = Field(
+        None, description="put before each query; by default the model's own prompt"
+    )
+    passage_prompt: str | None = Field(
+        None, description="put before each passage; by default the model's own"
+    )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the teacher's weights and arithmetic; bf16 is several times as fast on GPUs"
+        "fp32",
+        description="of the teacher's weights and arithmetic; bf16 is several times as fast on "
+        "GPUs",
     )
 
-    min_workers: int = runtime(1, ge=1, description="processes to start with; more follow while tasks wait")
-    max_workers: int | None = runtime(None, ge=1, description="processes; by default as many as there is room for")
+    min_workers: int = runtime(
+        1, ge=1, description="processes to start with; more follow while tasks wait"
+    )
+    max_workers: int | None = runtime(
+        None, ge=1, description="processes; by default as many as there is room for"
+    )
     cpus_per_worker: float = runtime(1, gt=0)
-    gpus_per_worker: float = runtime(0, ge=0, description="1 or a share of one on GPU nodes; 0 stays on the CPU")
+    gpus_per_worker: float = runtime(
+        0, ge=0, description="1 or a share of one on GPU nodes; 0 stays on the CPU"
+    )
     batch_tokens: int | None = runtime(
         None,
         ge=1,
-        description="tokens, padding included, encoded at once; by default 16,384 with GPUs and 1,024 without",
+        description="tokens, padding included, encoded at once; by default 16,384 with GPUs and "
+        "1,024 without",
     )
-    task_rows: int = runtime(16_384, ge=1, description="rows a task embeds before it signs for them")
+    task_rows: int = runtime(
+        16_384, ge=1, description="rows a task embeds before it signs for them"
+    )
 
 
 def embeddings_spec(config: EmbedConfig, pairs: str) -> Spec:
@@ -66,26 +83,32 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
     config.teacher.folder()  # fail here, with one message, rather than in every worker
     draft = Draft(root, spec)
     tasks = [Task(piece.id, piece, str(piece)) for piece in pairs.slices(config.task_rows)]
-    workers = Workers(config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker)
+    workers = Workers(
+        config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker
+    )
 
     def publish(receipts: list[Receipt]) -> Artifact:
         stats = {
             "num_rows_by_source": pairs.stats["num_rows_by_source"],
             "width": receipts[0].stats["width"],
             "spent": {
-                name: sum(receipt.stats["spent"][name] for receipt in receipts) for name in receipts[0].stats["spent"]
+                name: sum(receipt.stats["spent"][name] for receipt in receipts)
+                for name in receipts[0].stats["spent"]
             },
         }
         return draft.publish(receipts, stats)
 
-    return make(draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers, publish)
+    return make(
+        draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers, publish
+    )
 
 
 class Teacher:
     """A loaded encoder with its own pooling, normalisation and prompts.
 
     Attributes:
-        spent: what `encode` has cost so far: num_tokens, padding_tokens, tokenize_seconds, forward_seconds.
+        spent: what `encode` has cost so far: num_tokens, padding_tokens, tokenize_seconds,
+            forward_seconds.
         batch_tokens: padding included, encoded at once.
 
     Raises:
@@ -99,10 +122,13 @@ class Teacher:
         device = "cuda" if config.gpus_per_worker else "cpu"
         if config.gpus_per_worker and not torch.cuda.is_available():
             raise StrataError(
-                f"embed.gpus_per_worker={config.gpus_per_worker:g}: this worker's node, {platform.node()}, has no GPU "
-                "that torch can use though Ray counts one there; install a driver and a torch with CUDA, or set it to 0"
+                f"embed.gpus_per_worker={config.gpus_per_worker:g}: this worker's node, "
+                f"{platform.node()}, has no GPU "
+                "that torch can use though Ray counts one there; install a driver and a torch with "
+                "CUDA, or set it to 0"
             )
-        # A folder without modules.json is a plain encoder: sentence-transformers pools it by the mean.
+        # A folder without modules.json is a plain encoder: sentence-transformers pools it by the
+        # mean.
         self.model = SentenceTransformer(
             str(config.teacher.folder()),
             device=device,
@@ -114,10 +140,13 @@ class Teacher:
             },
         ).eval()
         self.spent: dict[str, float] = defaultdict(float)
-        # A CPU gains nothing from large batches, and small ones hold texts of one length: 1.4 to 2.3 times as fast.
+        # A CPU gains nothing from large batches, and small ones hold texts of one length: 1.4 to
+        # 2.3 times as fast.
         self.batch_tokens = config.batch_tokens or (16_384 if device == "cuda" else 1_024)
         self._max_tokens = min(
-            limit for limit in (config.max_tokens, self.model.max_seq_length, 2**20) if limit is not None
+            limit
+            for limit in (config.max_tokens, self.model.max_seq_length, 2**20)
+            if limit is not None
         )
         self._prompts = {
             "query": self._prompt(config.query_prompt, "query"),
@@ -128,7 +157,9 @@ class Teacher:
         """The prompt asked for, or the model's own under the first of `names` it has."""
         if given is not None:
             return given
-        return next((self.model.prompts[name] or "" for name in names if name in self.model.prompts), "")
+        return next(
+            (self.model.prompts[name] or "" for name in names if name in self.model.prompts), ""
+        )
 
     @torch.inference_mode()
     def encode(self, texts: list[str], side: str) -> np.ndarray:
@@ -154,7 +185,8 @@ class Teacher:
         vectors: np.ndarray | None = None
         for rows in _batches(lengths, self.batch_tokens):
             features: dict[str, Any] = tokenizer.pad(
-                {name: [column[row] for row in rows] for name, column in encoded.items()}, return_tensors="pt"
+                {name: [column[row] for row in rows] for name, column in encoded.items()},
+                return_tensors="pt",
             ).to(self.model.device)
             self.spent["num_tokens"] += int(lengths[rows].sum())
             self.spent["padding_tokens"] += features["input_ids"].numel() - int(lengths[rows].sum())
@@ -188,7 +220,9 @@ class _Worker:
 
     @functools.cached_property
     def _teacher(self) -> Teacher:
-        return Teacher(self._config)  # in the first task, not before: what a task raises is told as one message
+        return Teacher(
+            self._config
+        )  # in the first task, not before: what a task raises is told as one message
 
     def __call__(self, piece: Slice) -> Receipt:
         table = self._pairs.read_slice(piece)
@@ -201,7 +235,10 @@ class _Worker:
         schema = embeddings_schema(vectors[0].shape[1])
         columns = [*table.columns, *(fixed_size_list(matrix) for matrix in vectors)]
         embedded = pa.Table.from_arrays(columns, schema=schema)
-        groups = (embedded.slice(first, _ROW_GROUP_ROWS) for first in range(0, embedded.num_rows, _ROW_GROUP_ROWS))
+        groups = (
+            embedded.slice(first, _ROW_GROUP_ROWS)
+            for first in range(0, embedded.num_rows, _ROW_GROUP_ROWS)
+        )
         started = time.perf_counter()
         part = self._draft.write("embeddings", piece.id, schema, groups)
         spent = {**self._teacher.spent, "write_seconds": time.perf_counter() - started}
@@ -214,6 +251,7 @@ def check_vectors(matrix: np.ndarray, pair_ids: pa.ChunkedArray, side: str) -> N
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0.5)))
     if len(bad):
         raise StrataError(
-            f"pair {pair_ids[int(bad[0])].as_py()}: the teacher's {side} vector has norm {norms[bad[0]]}; look at "
-            f"this text and at the teacher's precision ({len(bad)} of {len(matrix)} rows of this block)"
+            f"pair {pair_ids[int(bad[0])].as_py()}: the teacher's {side} vector has norm "
+            f"{norms[bad[0]]}; look at this text and at the teacher's precision ({len(bad)} of "
+            f"{len(matrix)} rows of this block)"
         )

@@ -1,4 +1,6 @@
-"""evaluate: a model -> `scores`, on mteb tasks by name and on local retrieval tests, all through mteb."""
+"""evaluate: a model -> `scores`, on mteb tasks by name and on local retrieval tests, all through
+mteb.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ import pyarrow as pa
 import ray
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Root, Spec
-from clusterlib.config import Config, runtime
-from clusterlib.draft import Draft, Receipt
-from clusterlib.tables import MEAN, SCORES
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.config import Config, runtime
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import MEAN, SCORES
 from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
 from pipelines.sources import origin
 from pipelines.stage import fetch, told
@@ -28,7 +30,8 @@ from train.model import ModelRef
 
 # What mteb registers as its own, ranks a corpus and has neither weights nor a tokenizer to fetch.
 BASELINES = frozenset(
-    f"mteb/baseline-{name}" for name in ("bm25s", "bb25", "random-encoder", "random-sparse-encoder", "random-colbert")
+    f"mteb/baseline-{name}"
+    for name in ("bm25s", "bb25", "random-encoder", "random-sparse-encoder", "random-colbert")
 )
 METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": "MRR@10"}
 
@@ -36,8 +39,12 @@ METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": 
 class EvaluateConfig(Config):
     """What models are measured on, and what they are compared with."""
 
-    tests: list[RetrievalTestConfig] = Field([], description="local retrieval tests, kept out of training")
-    tasks: list[str] = Field([], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval")
+    tests: list[RetrievalTestConfig] = Field(
+        [], description="local retrieval tests, kept out of training"
+    )
+    tasks: list[str] = Field(
+        [], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval"
+    )
     references: dict[str, ModelRef] = Field(
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
     )
@@ -46,7 +53,10 @@ class EvaluateConfig(Config):
     gpus_per_worker: float = runtime(0, ge=0)
 
     def pinned(self) -> Self:
-        references = {name: model if _is_baseline(model) else model.pinned() for name, model in self.references.items()}
+        references = {
+            name: model if _is_baseline(model) else model.pinned()
+            for name, model in self.references.items()
+        }
         return self.model_copy(update={"references": references})
 
 
@@ -63,7 +73,9 @@ def scores_spec(config: EvaluateConfig, run: str, model: str | ModelRef) -> Spec
         # mteb's own baselines have no folder to take a digest of; their name says all.
         "model": model.name if isinstance(model, ModelRef) and _is_baseline(model) else model,
     }
-    return Spec("scores", 1, settings, {"model": model} if isinstance(model, str) else {}, tests.origin())
+    return Spec(
+        "scores", 1, settings, {"model": model} if isinstance(model, str) else {}, tests.origin()
+    )
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,11 @@ def _is_baseline(model: ModelRef) -> bool:
     return model.name in BASELINES
 
 
-def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], root: Root) -> dict[str, Artifact]:
-    """Score models side by side, each into a `scores` artifact with mteb's own JSON beside the table.
+def evaluate(
+    config: EvaluateConfig, models: dict[str, Artifact | ModelRef], root: Root
+) -> dict[str, Artifact]:
+    """Score models side by side, each into a `scores` artifact with mteb's own JSON beside the
+    table.
 
     Args:
         models: name of the run -> trained model, or reference.
@@ -111,9 +126,12 @@ def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], roo
             continue
         if tests is None:
             tests = ray.put([read_test(test) for test in config.tests])
-        # By default a task would be held inside the small placement group of the trial that calls it.
+        # By default a task would be held inside the small placement group of the trial that calls
+        # it.
         task = ray.remote(
-            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, scheduling_strategy="DEFAULT"
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            scheduling_strategy="DEFAULT",
         )(_score)
         draft = Draft(root, spec)
         pending[run] = draft, task.remote(draft, run, model, tests, config.tasks)
@@ -124,19 +142,29 @@ def evaluate(config: EvaluateConfig, models: dict[str, Artifact | ModelRef], roo
 
 
 def _score(
-    draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
+    draft: Draft,
+    run: str,
+    model: Artifact | ModelRef,
+    tests: Sequence[RetrievalTest],
+    tasks: Sequence[str],
 ) -> Artifact:
     """Evaluate one model; runs as a Ray task."""
     return told(draft, f"evaluate: {run}", "task", lambda: _scores(draft, run, model, tests, tasks))
 
 
 def _scores(
-    draft: Draft, run: str, model: Artifact | ModelRef, tests: Sequence[RetrievalTest], tasks: Sequence[str]
+    draft: Draft,
+    run: str,
+    model: Artifact | ModelRef,
+    tests: Sequence[RetrievalTest],
+    tasks: Sequence[str],
 ) -> Artifact:
     with tempfile.TemporaryDirectory() as scratch:
         rows, results = _measure(_load(model, Path(scratch)), tests, tasks)
     parts = [
-        draft.write_bytes("mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode())
+        draft.write_bytes(
+            "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
+        )
         for task, data in results.items()
     ]
     step = int(model.stats["kept_step"]) if isinstance(model, Artifact) else 0
@@ -155,7 +183,9 @@ def _measure(
     """
     import mteb
 
-    wanted = [_local_task(test) for test in tests] + (list(mteb.get_tasks(tasks=list(tasks))) if tasks else [])
+    wanted = [_local_task(test) for test in tests] + (
+        list(mteb.get_tasks(tasks=list(tasks))) if tasks else []
+    )
     # BM25's library draws progress bars that no setting turns off.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
         result = mteb.evaluate(
@@ -180,7 +210,9 @@ def _measure(
     ]
     for metric in METRICS:
         values = [row["value"] for row in rows if row["metric"] == metric]
-        rows.append({"task": MEAN, "split": "", "metric": metric, "value": sum(values) / len(values)})
+        rows.append(
+            {"task": MEAN, "split": "", "metric": metric, "value": sum(values) / len(values)}
+        )
     return rows, results
 
 
@@ -190,7 +222,9 @@ def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
         import mteb
 
         return mteb.get_model(model.name)
-    return _load_folder(model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder())
+    return _load_folder(
+        model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder()
+    )
 
 
 def _load_folder(folder: Path, device: str | None = None) -> Any:
@@ -237,9 +271,15 @@ def _local_task(test: RetrievalTest) -> Any:
             self.dataset = {
                 "default": {
                     test.split: {
-                        "corpus": Dataset.from_dict({"id": list(test.corpus), "text": list(test.corpus.values())}),
-                        "queries": Dataset.from_dict({"id": list(test.queries), "text": list(test.queries.values())}),
-                        "relevant_docs": {query: dict(found) for query, found in test.judgements.items()},
+                        "corpus": Dataset.from_dict(
+                            {"id": list(test.corpus), "text": list(test.corpus.values())}
+                        ),
+                        "queries": Dataset.from_dict(
+                            {"id": list(test.queries), "text": list(test.queries.values())}
+                        ),
+                        "relevant_docs": {
+                            query: dict(found) for query, found in test.judgements.items()
+                        },
                         "top_ranked": None,
                     }
                 }

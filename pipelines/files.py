@@ -18,16 +18,18 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from clusterlib.artifact import resolve
+from clusterlib.artifacts.artifact import resolve
+from clusterlib.artifacts.tables import decode, is_text
 from clusterlib.errors import StrataError
-from clusterlib.tables import decode, is_text
 
 BATCH_ROWS = 4096
 MAX_LINE_BYTES = 2**26  # a longer line is no row of text, and would be held in memory
 
 _ESCAPED = re.compile(r"\[([*?[])\]")
 
-Refuse = Callable[[str, int, str], None]  # takes a row that cannot be used: its file, number and what is wrong with it
+Refuse = Callable[
+    [str, int, str], None
+]  # takes a row that cannot be used: its file, number and what is wrong with it
 
 
 def stop(file: str, row: int, reason: str) -> NoReturn:
@@ -40,7 +42,9 @@ def stop(file: str, row: int, reason: str) -> NoReturn:
 
 
 def absolute(path: str, folder: str = "") -> str:
-    """A path or URI that means the same in another working folder; relative ones start at `folder`."""
+    """A path or URI that means the same in another working folder; relative ones start at
+    `folder`.
+    """
     if "://" in path:
         return path
     if not folder or Path(path).expanduser().is_absolute():
@@ -67,13 +71,15 @@ class Location:
         return bool(self.fs.get_file_info(self.path).type == pafs.FileType.File)
 
     def files(self, *endings: str, pattern: str = "") -> list[pafs.FileInfo]:
-        """The file itself, or the files below a folder with one of the endings, or those that match, sorted.
+        """The file itself, or the files below a folder with one of the endings, or those that
+        match, sorted.
 
         Hidden files are left out, unless a pattern names their dot.
 
         Args:
-            pattern: as in a shell, of paths below the folder: `*` and `?` stay within a name, `**` stands for any
-                number of folders, `[ab]` is one of these characters, and `[[]` a bracket itself.
+            pattern: as in a shell, of paths below the folder: `*` and `?` stay within a name, `**`
+                stands for any number of folders, `[ab]` is one of these characters, and `[[]` a
+                bracket itself.
 
         Raises:
             StrataError: there are none.
@@ -92,7 +98,8 @@ class Location:
                     found.append(entry)
         if not found:
             if pattern and (self / pattern).exists():
-                what = f"a pattern that no file matches; write {glob.escape(pattern)} for the file of that name"
+                named = glob.escape(pattern)
+                what = f"a pattern that no file matches; write {named} for the file of that name"
             elif pattern or info.type == pafs.FileType.NotFound:
                 what = "no such file; check the input's path"
             else:
@@ -101,7 +108,9 @@ class Location:
         return [entry for _, entry in sorted({entry.path: entry for entry in found}.items())]
 
     def _matching(self, folder: str, parts: Sequence[str]) -> list[pafs.FileInfo]:
-        """Files below a folder whose path matches a pattern for each of its parts; only folders that match are read."""
+        """Files below a folder whose path matches a pattern for each of its parts; only folders
+        that match are read.
+        """
         part, *rest = parts
         found = self._matching(folder, rest) if part == "**" and rest else []
         for entry in self.fs.get_file_info(pafs.FileSelector(folder)):
@@ -117,10 +126,11 @@ class Location:
         return found
 
     def lines(self, refuse: Refuse) -> Iterator[tuple[int, str]]:
-        """(line number from 1, its text) of lines that are not blank; compressed files are read through.
+        """(line number from 1, its text) of lines that are not blank; compressed files are read
+        through.
 
-        A byte order mark is no part of the first line, nor are line ends. Lines that are not UTF-8 or over
-        MAX_LINE_BYTES are refused.
+        A byte order mark is no part of the first line, nor are line ends. Lines that are not UTF-8
+        or over MAX_LINE_BYTES are refused.
 
         Raises:
             StrataError: the file is missing or its compression ends too early.
@@ -133,7 +143,9 @@ class Location:
                     if not line:
                         return
                     if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                        while (rest := reader.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                        while (rest := reader.readline(MAX_LINE_BYTES)) and not rest.endswith(
+                            b"\n"
+                        ):
                             pass
                         refuse(self.path, number, f"line has {MAX_LINE_BYTES} bytes or more")
                         continue
@@ -150,7 +162,9 @@ class Location:
         except FileNotFoundError as error:
             raise StrataError(f"{self.path}: no such file; check the input's path") from error
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise StrataError(f"{self.path}: cannot be read to its end ({error}); fetch it again") from error
+            raise StrataError(
+                f"{self.path}: cannot be read to its end ({error}); fetch it again"
+            ) from error
 
     def objects(self, refuse: Refuse) -> Iterator[tuple[int, dict[str, Any]]]:
         """(line number, object) of JSON lines; what is none is refused."""
@@ -170,7 +184,9 @@ class Location:
                 reason = "not a JSON object"
             refuse(self.path, number, reason)
 
-    def batches(self, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, pa.Table]]:
+    def batches(
+        self, wanted: Callable[[Sequence[str]], Sequence[str]]
+    ) -> Iterator[tuple[int, pa.Table]]:
         """(number of its first row from 0, at most BATCH_ROWS rows) of a Parquet file.
 
         Args:
@@ -189,14 +205,21 @@ class Location:
                 yield row, pa.Table.from_batches([batch])
                 row += batch.num_rows
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise StrataError(f"{self.path}: not a whole Parquet file ({error}); fetch it again") from error
+            raise StrataError(
+                f"{self.path}: not a whole Parquet file ({error}); fetch it again"
+            ) from error
 
 
 def split_pattern(path: str) -> tuple[str, str]:
-    """The folder or file of a path or URI that is above every wildcard, and the pattern below it, if there is one."""
+    """The folder or file of a path or URI that is above every wildcard, and the pattern below it,
+    if there is one.
+    """
     scheme, separator, rest = path.rpartition("://")
     parts = rest.split("/")
-    first = next((place for place, part in enumerate(parts) if glob.has_magic(_ESCAPED.sub("", part))), len(parts))
+    first = next(
+        (place for place, part in enumerate(parts) if glob.has_magic(_ESCAPED.sub("", part))),
+        len(parts),
+    )
     folder = _ESCAPED.sub(r"\1", "/".join(parts[:first])) or ("/" if rest.startswith("/") else "")
     return f"{scheme}{separator}{folder}", "/".join(parts[first:])
 
@@ -205,7 +228,9 @@ def check_distinct(file: str, wanted: Sequence[str], names: Sequence[str]) -> No
     """Raise StrataError where several columns have a wanted name."""
     for name in wanted:
         if names.count(name) > 1:
-            raise StrataError(f"{file}: {names.count(name)} columns are called {name!r}; rename all but one")
+            raise StrataError(
+                f"{file}: {names.count(name)} columns are called {name!r}; rename all but one"
+            )
 
 
 def text_fault(name: str, value: Any) -> str | None:
@@ -225,11 +250,15 @@ def _one_of(folder: Location, *names: str) -> Location:
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise StrataError(f"{folder.path}: holds no {' or '.join(names)}; check the input's path, format and split")
+    raise StrataError(
+        f"{folder.path}: holds no {' or '.join(names)}; check the input's path, format and split"
+    )
 
 
 def marco_files(folder: Location, split: str) -> tuple[Location, Location, Location]:
-    """collection, queries and judgements (https://microsoft.github.io/msmarco/Datasets, passage ranking)."""
+    """collection, queries and judgements (https://microsoft.github.io/msmarco/Datasets, passage
+    ranking).
+    """
     return (
         _one_of(folder, "collection.tsv", "collection.tsv.gz"),
         _one_of(folder, f"queries.{split}.tsv", f"queries.{split}.tsv.gz"),
@@ -256,8 +285,12 @@ def tsv_texts(location: Location, refuse: Refuse = stop) -> Iterator[tuple[str, 
             refuse(location.path, number, "not an id, a tab and a text")
 
 
-def tsv_judgements(location: Location, header: bool, refuse: Refuse = stop) -> Iterator[tuple[int, str, str, int]]:
-    """(line, query, passage, relevance); MS MARCO has an unused second column, BEIR a header instead."""
+def tsv_judgements(
+    location: Location, header: bool, refuse: Refuse = stop
+) -> Iterator[tuple[int, str, str, int]]:
+    """(line, query, passage, relevance); MS MARCO has an unused second column, BEIR a header
+    instead.
+    """
     for number, line in location.lines(refuse):
         fields = line.split("\t") if "\t" in line else line.split()
         try:
@@ -277,14 +310,20 @@ def beir_texts(location: Location, refuse: Refuse = stop) -> Iterator[tuple[str,
     for row, record in _records(location, ("_id", "text"), ("title",), refuse):
         name, title = record.get("_id"), record.get("title")
         text: Any = record.get("text")
-        reason = _id_fault("_id", name) or text_fault("text", text) or (title and text_fault("title", title))
+        reason = (
+            _id_fault("_id", name)
+            or text_fault("text", text)
+            or (title and text_fault("title", title))
+        )
         if reason:
             refuse(location.path, row, reason)
         else:
             yield str(name), f"{title} {text}" if title else text
 
 
-def beir_judgements(location: Location, refuse: Refuse = stop) -> Iterator[tuple[int, str, str, int]]:
+def beir_judgements(
+    location: Location, refuse: Refuse = stop
+) -> Iterator[tuple[int, str, str, int]]:
     """(row, query, passage, relevance)."""
     if not location.path.endswith(".parquet"):
         yield from tsv_judgements(location, header=True, refuse=refuse)
@@ -303,20 +342,27 @@ def beir_judgements(location: Location, refuse: Refuse = stop) -> Iterator[tuple
 
 
 def _id_fault(name: str, value: Any) -> str | None:
-    return None if isinstance(value, int) and not isinstance(value, bool) else text_fault(name, value)
+    return (
+        None if isinstance(value, int) and not isinstance(value, bool) else text_fault(name, value)
+    )
 
 
 def _records(
     location: Location, needed: Sequence[str], optional: Sequence[str], refuse: Refuse
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, field -> value) of JSON lines or Parquet; rows with text that is not UTF-8 are refused."""
+    """(row, field -> value) of JSON lines or Parquet; rows with text that is not UTF-8 are
+    refused.
+    """
     if not location.path.endswith(".parquet"):
         yield from location.objects(refuse)
         return
 
     def wanted(names: Sequence[str]) -> list[str]:
         if missing := sorted(set(needed) - set(names)):
-            raise StrataError(f"{location.path}: no column {', '.join(missing)}; the columns are {', '.join(names)}")
+            raise StrataError(
+                f"{location.path}: no column {', '.join(missing)}; the columns are "
+                f"{', '.join(names)}"
+            )
         return [*needed, *(name for name in optional if name in names)]
 
     for first, table in location.batches(wanted):
@@ -326,8 +372,13 @@ def _records(
             if is_text(column.type):
                 column, bad = decode(column)
                 undecodable |= bad
-            elif not any(test(column.type) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)):
-                raise StrataError(f"{location.path}: column {name!r} is {column.type}, neither text nor a number")
+            elif not any(
+                test(column.type)
+                for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
+            ):
+                raise StrataError(
+                    f"{location.path}: column {name!r} is {column.type}, neither text nor a number"
+                )
             values[name] = column.to_pylist()
         for row, record in enumerate(zip(*values.values(), strict=True)):
             if undecodable[row]:

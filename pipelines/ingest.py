@@ -1,4 +1,6 @@
-"""ingest: source files -> `pairs`, one part for every file read; unusable rows -> rejects, with reasons."""
+"""ingest: source files -> `pairs`, one part for every file read; unusable rows -> rejects, with
+reasons.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clusterlib.artifact import Artifact, Root, Spec
-from clusterlib.config import Config
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.config import Config
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import PAIRS, REJECTS, rejects, validate_pairs
 from clusterlib.errors import StrataError
-from clusterlib.tables import PAIRS, REJECTS, rejects, validate_pairs
 from pipelines.retrieval_tests import RetrievalTestConfig, is_held_out, passage_ids, read_test
 from pipelines.sources import InputConfig, Split, origin, read, splits
 from pipelines.stage import Task, Workers, make
@@ -73,7 +75,8 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Roo
         if not sum(counts.values()):
             reasons = dict.fromkeys(reason for receipt in receipts for reason in receipt.rejects)
             raise StrataError(
-                f"no usable pair in any input ({', '.join(reasons) or 'all are empty'}); see ingest.inputs"
+                f"no usable pair in any input ({', '.join(reasons) or 'all are empty'}); see "
+                "ingest.inputs"
             )
         return draft.publish(receipts, {"num_rows_by_source": dict(sorted(counts.items()))})
 
@@ -106,7 +109,9 @@ class _Worker:
         for raw in read(split, refused.unreadable):
             refused.num_rows_in += raw.num_rows
             pairs, bad = validate_pairs(raw, split.input.source, self._max_chars)
-            for row in zip(*(bad[name].to_pylist() for name in ("file", "row", "reason")), strict=True):
+            for row in zip(
+                *(bad[name].to_pylist() for name in ("file", "row", "reason")), strict=True
+            ):
                 refused.keep(*row)
             for reason, drop in (
                 (_HELD_OUT, lambda table: is_held_out(table["passage_id"], self._held_out)),
@@ -119,7 +124,8 @@ class _Worker:
 
 
 class _Rejects:
-    """What a task refuses. Rows wait in a local file to be written after the pairs, so any number fits.
+    """What a task refuses. Rows wait in a local file to be written after the pairs, so any number
+    fits.
 
     Attributes:
         num_rows_in: rows read, usable or not.
@@ -133,7 +139,9 @@ class _Rejects:
         self._source = source
         self._held: list[tuple[str, int, str]] = []
         self._spilled = spill
-        self._writer = pa.ipc.new_stream(spill, REJECTS, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+        self._writer = pa.ipc.new_stream(
+            spill, REJECTS, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        )
 
     def unreadable(self, file: str, row: int, reason: str) -> None:
         """Keep a row that never became one of a batch."""
@@ -162,6 +170,8 @@ class _Rejects:
 
 
 def _not_chosen(fraction: float) -> Callable[[pa.Table], np.ndarray]:
-    """Which pairs a fraction leaves out: those whose id, a hash, lies beyond that share of all ids."""
+    """Which pairs a fraction leaves out: those whose id, a hash, lies beyond that share of all
+    ids.
+    """
     limit = max(int(fraction * 2**64) - 1, 0)
     return lambda pairs: pairs["pair_id"].to_numpy() > np.uint64(limit)

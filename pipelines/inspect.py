@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from clusterlib.artifact import Artifact, lineage
+from clusterlib.artifacts.artifact import Artifact, lineage
 
 
 def listing(artifacts: Sequence[Artifact]) -> str:
@@ -15,12 +15,17 @@ def listing(artifacts: Sequence[Artifact]) -> str:
     lines = [f"{'artifact':<30} {'rows':>12} {'MB':>9}  made (UTC)"]
     for artifact in artifacts:
         size = sum(part["num_bytes"] for part in artifact.manifest["parts"]) / 1e6
-        lines.append(f"{artifact.name:<30} {artifact.num_rows:>12,} {size:>9.1f}  {artifact.manifest['created_utc']}")
+        lines.append(
+            f"{artifact.name:<30} {artifact.num_rows:>12,} {size:>9.1f}  "
+            f"{artifact.manifest['created_utc']}"
+        )
     return "\n".join(lines)
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
-    """The manifest, with the columns and size of each table in place of its parts, and the lineage."""
+    """The manifest, with the columns and size of each table in place of its parts, and the
+    lineage.
+    """
     manifest = dict(artifact.manifest)
     tables: dict[str, dict[str, Any]] = {}
     for table in dict.fromkeys(part["table"] for part in manifest.pop("parts")):
@@ -35,7 +40,10 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             tables[table]["columns"] = {field.name: str(field.type) for field in schema}
         else:
             tables[table]["files"] = [part.path for part in parts]
-    made_from = [{"depth": depth, "name": name, "found": found is not None} for depth, name, found in lineage(artifact)]
+    made_from = [
+        {"depth": depth, "name": name, "found": found is not None}
+        for depth, name, found in lineage(artifact)
+    ]
     return {"path": artifact.path, **manifest, "tables": tables, "made_from": made_from}
 
 
@@ -50,14 +58,20 @@ def as_text(described: Mapping[str, Any]) -> str:
     lines += [f"  {count:>10,}  {reason}" for reason, count in described["rejects"].items()]
     for name, table in described["tables"].items():
         lines.append(
-            f"{name}: {table['num_rows']:,} rows, {table['num_files']} files, {table['num_bytes'] / 1e6:.1f} MB"
+            f"{name}: {table['num_rows']:,} rows, {table['num_files']} files, "
+            f"{table['num_bytes'] / 1e6:.1f} MB"
         )
         lines += [f"  {column}: {kind}" for column, kind in table.get("columns", {}).items()]
         lines += [f"  {path}" for path in table.get("files", [])]
     for title in ("stats", "config", "origin"):
         if described[title]:
-            text = yaml.safe_dump(dict(described[title]), sort_keys=False, default_flow_style=None, width=110)
+            text = yaml.safe_dump(
+                dict(described[title]), sort_keys=False, default_flow_style=None, width=110
+            )
             lines += [f"{title}:", *(f"  {line}" for line in text.splitlines())]
     lines.append("made from:")
-    lines += [f"  {'  ' * it['depth']}{it['name']}{'' if it['found'] else '  (gone)'}" for it in described["made_from"]]
+    lines += [
+        f"  {'  ' * it['depth']}{it['name']}{'' if it['found'] else '  (gone)'}"
+        for it in described["made_from"]
+    ]
     return "\n".join(lines) + "\n"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clusterlib.diagnostics import PhaseSummary, Visits
+from clusterlib.batches.visits import PhaseSummary, Visits
 
 _HEADER = (
-    f"{'phase':<16} {'steps':>9} {'epochs':>7}  {'source':<16} {'strata':>7} {'batches/stratum':>23} "
-    f"{'batches':>9} {'share':>6} {'covered':>7} {'pure':>6} {'dropped':>9} {'repeated':>9}"
+    f"{'phase':<16} {'steps':>9} {'epochs':>7}  {'source':<16} {'strata':>7} "
+    f"{'batches/stratum':>23} {'batches':>9} {'share':>6} {'covered':>7} {'pure':>6} "
+    f"{'dropped':>9} {'repeated':>9}"
 )
 
 
@@ -20,7 +21,10 @@ def format_plan(arm: str, phases: Sequence[PhaseSummary], batch_size: int) -> st
         start = f"{phase.title:<16} {phase.num_steps:>9,} {phase.num_epochs:>7.2f}"
         lines.append(f"{start}  {_visits(phase.total, phase.total.num_batches)}")
         if len(phase.sources) > 1:
-            lines += [f"{'':<{len(start)}}  {_visits(source, phase.total.num_batches)}" for source in phase.sources]
+            lines += [
+                f"{'':<{len(start)}}  {_visits(source, phase.total.num_batches)}"
+                for source in phase.sources
+            ]
     return "\n".join(lines)
 
 
@@ -28,6 +32,6 @@ def _visits(visits: Visits, num_batches: int) -> str:
     sizes = " ".join(f"{size:>7,.1f}" for size in visits.batches_per_stratum)
     return (
         f"{visits.source:<16} {visits.num_strata:>7,} {sizes} {visits.num_batches:>9,} "
-        f"{visits.num_batches / num_batches:>6.1%} {visits.coverage_fraction:>7.1%} {visits.pure_fraction:>6.1%} "
-        f"{visits.num_dropped_rows:>9,} {visits.num_repeated_rows:>9,}"
+        f"{visits.num_batches / num_batches:>6.1%} {visits.coverage_fraction:>7.1%} "
+        f"{visits.pure_fraction:>6.1%} {visits.num_dropped_rows:>9,} {visits.num_repeated_rows:>9,}"
     )

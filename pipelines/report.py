@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from clusterlib import kmeans
-from clusterlib.artifact import Artifact, Root, Spec
-from clusterlib.diagnostics import top_terms
-from clusterlib.draft import Draft, Receipt
-from clusterlib.plan import BatchingConfig
-from clusterlib.tables import MEAN
-from clusterlib.tree import Node
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import MEAN
+from clusterlib.batches.plan import BatchingConfig
+from clusterlib.clusters import kmeans
+from clusterlib.clusters.diagnostics import top_terms
+from clusterlib.clusters.tree import Node
 from pipelines.cluster import of_source
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
@@ -36,7 +36,9 @@ _COLORS = ("#7a8794", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#30638e")
 
 
 def report_spec(name: str, inputs: Mapping[str, Mapping[str, str]]) -> Spec:
-    """What a report is made from: names of artifacts, of each arm by kind, and of scores by run under ""."""
+    """What a report is made from: names of artifacts, of each arm by kind, and of scores by run
+    under "".
+    """
     flat = {
         f"{kind}.{owner}" if owner else f"scores.{kind}": artifact.partition("/")[2]
         for owner, artifacts in inputs.items()
@@ -45,7 +47,9 @@ def report_spec(name: str, inputs: Mapping[str, Mapping[str, str]]) -> Spec:
     return Spec("report", 1, {"name": name}, flat)
 
 
-def report(name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]], root: Root) -> Artifact:
+def report(
+    name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]], root: Root
+) -> Artifact:
     """Write `report.html`.
 
     Args:
@@ -60,11 +64,17 @@ def report(name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[st
     def opened(artifact: str) -> Artifact:
         return root.open(artifact, "run the recipe's earlier stages first")
 
-    arms = {arm: {kind: opened(found) for kind, found in kinds.items()} for arm, kinds in inputs.items() if arm}
+    arms = {
+        arm: {kind: opened(found) for kind, found in kinds.items()}
+        for arm, kinds in inputs.items()
+        if arm
+    }
     scores = {run: opened(found) for run, found in inputs[""].items()}
     tables = score_tables(scores, list(arms))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     first = next(iter(arms.values()))
     html = environment.get_template("report.html.j2").render(
@@ -79,7 +89,10 @@ def report(name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[st
         fits=first["centroids"].stats["fits"],
         arms=_arm_rows(arms),
         artifacts=_artifact_rows(
-            [*[artifact for kinds in arms.values() for artifact in kinds.values()], *scores.values()]
+            [
+                *[artifact for kinds in arms.values() for artifact in kinds.values()],
+                *scores.values(),
+            ]
         ),
         versions=first["shards"].manifest["versions"],
         commit=first["shards"].manifest["commit"],
@@ -109,7 +122,9 @@ def score_tables(scores: Mapping[str, Artifact], arms: Sequence[str]) -> list[Sc
     columns = list(dict.fromkeys(row["task"] for row in records if row["task"] != MEAN)) + [MEAN]
     tables = []
     for metric, title in METRICS.items():
-        value = {(row["run"], row["task"]): row["value"] for row in records if row["metric"] == metric}
+        value = {
+            (row["run"], row["task"]): row["value"] for row in records if row["metric"] == metric
+        }
         rows = [(run, [value[run, column] for column in columns]) for run in scores]
         by_run = dict(rows)
         pairs = zip(by_run[arms[-1]], by_run[arms[0]], strict=True) if len(arms) > 1 else ()
@@ -124,9 +139,15 @@ def format_scores(table: ScoreTable, arms: Sequence[str]) -> str:
         rows.append((f"{arms[-1]} - {arms[0]}", [f"{value:+.4f}" for value in table.differences]))
     width = max(len(run) for run, _ in [*rows, (table.metric, [])])
     widths = [max(7, len(column)) for column in table.columns]
-    lines = [f"{table.metric:<{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(table.columns, widths, strict=True))]
+    lines = [
+        f"{table.metric:<{width}}  "
+        + "  ".join(f"{c:>{w}}" for c, w in zip(table.columns, widths, strict=True))
+    ]
     for run, values in rows:
-        lines.append(f"{run:<{width}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True)))
+        lines.append(
+            f"{run:<{width}}  "
+            + "  ".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
+        )
     return "\n".join(lines)
 
 
@@ -137,18 +158,27 @@ def verdict(table: ScoreTable, arms: Sequence[str]) -> str:
     first, last = arms[0], arms[-1]
     difference = table.differences[-1]
     wins = sum(value > 0 for value in table.differences[:-1])
-    of_tests = f"better on {wins} of {len(table.differences) - 1} tests; one seed, so small differences may be luck"
+    of_tests = (
+        f"better on {wins} of {len(table.differences) - 1} tests; "
+        "one seed, so small differences may be luck"
+    )
     if difference > 0:
         return f"{last} beats {first} by {difference:.4f} mean {table.metric} ({of_tests})."
     return f"{last} does not beat {first} here: {difference:+.4f} mean {table.metric} ({of_tests})."
 
 
-def _funnel(first: Mapping[str, Artifact], arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, int, str]]:
+def _funnel(
+    first: Mapping[str, Artifact], arms: Mapping[str, Mapping[str, Artifact]]
+) -> list[tuple[str, int, str]]:
     """(step, rows, remark) from what was read to what an epoch visits."""
     pairs = first["pairs"]
     steps = [
         ("read", pairs.manifest["num_rows_in"], ""),
-        ("usable pairs", pairs.num_rows, f"{sum(pairs.manifest['rejects'].values()):,} left out, by reason below"),
+        (
+            "usable pairs",
+            pairs.num_rows,
+            f"{sum(pairs.manifest['rejects'].values()):,} left out, by reason below",
+        ),
         ("embedded", first["embeddings"].num_rows, ""),
         ("in shards", first["shards"].num_rows, ""),
     ]
@@ -171,7 +201,9 @@ def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
             {
                 "arm": arm,
                 "phases": ", then ".join(phase["title"] for phase in stats["phases"]),
-                "num_strata": ", ".join(f"{phase['total']['num_strata']:,}" for phase in stats["phases"]),
+                "num_strata": ", ".join(
+                    f"{phase['total']['num_strata']:,}" for phase in stats["phases"]
+                ),
                 **{name: batching[name] for name in ("leftover", "global_batch_size")},
                 "num_steps": stats["num_steps"],
                 "num_skipped_steps": stats["num_skipped_steps"],
@@ -199,7 +231,9 @@ def _artifact_rows(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
 
 
 def _curves(arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, str]]:
-    """(title, SVG) of what tests in the loop found, where there were any, and of what the steps recorded."""
+    """(title, SVG) of what tests in the loop found, where there were any, and of what the steps
+    recorded.
+    """
     models = {arm: kinds["model"] for arm, kinds in arms.items()}
     colors = dict(zip(models, _cycle(len(models)), strict=True))
     tested = {arm: model for arm, model in models.items() if model.parts("tests")}
@@ -222,12 +256,18 @@ def _draw_tests(models: Mapping[str, Artifact], colors: Mapping[str, str], axes:
     for arm, model in models.items():
         means = Progress(tests=model.read("tests").to_pylist()).means()
         steps, values = list(means), list(means.values())
-        axes.plot(steps, values, color=colors[arm], linewidth=1.8, marker="o", markersize=3, label=arm)
+        axes.plot(
+            steps, values, color=colors[arm], linewidth=1.8, marker="o", markersize=3, label=arm
+        )
         kept = model.stats["kept_step"]
-        axes.plot([kept], [means[kept]], color=colors[arm], marker="o", markersize=9, fillstyle="none")
+        axes.plot(
+            [kept], [means[kept]], color=colors[arm], marker="o", markersize=9, fillstyle="none"
+        )
 
 
-def _draw_steps(steps: Mapping[str, pa.Table], column: str, colors: Mapping[str, str], axes: Any) -> None:
+def _draw_steps(
+    steps: Mapping[str, pa.Table], column: str, colors: Mapping[str, str], axes: Any
+) -> None:
     """One line for each arm, smoothed over 5% of the run."""
     for arm, table in steps.items():
         table = table.filter(pc.is_finite(table[column]))  # a skipped step may have none
@@ -276,7 +316,9 @@ class ClusterRow:
 
 
 def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
-    """Clusters of every source at the k of the first phase that batches by cluster (else of the first phase)."""
+    """Clusters of every source at the k of the first phase that batches by cluster (else of the
+    first phase).
+    """
     phases = [
         (kinds, phase)
         for kinds in arms.values()
@@ -290,7 +332,10 @@ def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
     for source, tree in index.trees.items():
         nodes = tree.cut(min(phase.k or tree.num_leaves, tree.num_leaves))
         starts = index.leaf_starts[source]
-        sizes = [int(starts[node.first_leaf + node.num_leaves] - starts[node.first_leaf]) for node in nodes]
+        sizes = [
+            int(starts[node.first_leaf + node.num_leaves] - starts[node.first_leaf])
+            for node in nodes
+        ]
         rows = _describe(kinds["embeddings"], source, field, nodes, sizes, centroids[source])
         sources.append({"source": source, "num_rows": sum(sizes), "rows": rows})
     return sources
@@ -315,7 +360,10 @@ def _describe(
     ends = np.cumsum([node.num_leaves for node in nodes])
     clusters = np.searchsorted(ends, leaves, side="right")
     queries = table["query"].to_pylist()
-    texts = [f"{query} {passage}" for query, passage in zip(queries, table["passage"].to_pylist(), strict=True)]
+    texts = [
+        f"{query} {passage}"
+        for query, passage in zip(queries, table["passage"].to_pylist(), strict=True)
+    ]
     terms = top_terms(texts, clusters, len(nodes), _NUM_TERMS)
     rows = []
     for number, size in enumerate(sizes):

@@ -1,4 +1,6 @@
-"""Local retrieval tests: a corpus, queries and judgements from a BEIR folder or a package's docstrings."""
+"""Local retrieval tests: a corpus, queries and judgements from a BEIR folder or a package's
+docstrings.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from clusterlib.config import Config
+from clusterlib.artifacts.config import Config
+from clusterlib.artifacts.tables import text_ids
 from clusterlib.errors import StrataError
-from clusterlib.tables import text_ids
 from pipelines.docstrings import read_docstrings
 from pipelines.files import Location, absolute, beir_files, beir_judgements, beir_texts
 
@@ -23,7 +25,9 @@ class RetrievalTestConfig(Config):
 
     name: str = Field(..., pattern=r"^[\w.-]+$")
     format: Literal["beir", "docstrings"]
-    path: str = Field(..., description="a BEIR folder, local or a URI; a Python package or `stdlib`")
+    path: str = Field(
+        ..., description="a BEIR folder, local or a URI; a Python package or `stdlib`"
+    )
     split: str = "test"
 
     def located(self, folder: str) -> Self:
@@ -80,7 +84,9 @@ def read_test(config: RetrievalTestConfig) -> RetrievalTest:
                 judgements.setdefault(query, {})[passage] = relevance
         queries = {query: queries[query] for query in judgements}
     if not judgements:
-        raise StrataError(f"{config.path}: test {config.name} has no judgement of a known query and passage")
+        raise StrataError(
+            f"{config.path}: test {config.name} has no judgement of a known query and passage"
+        )
     return RetrievalTest(config.name, config.split, corpus, queries, judgements)
 
 

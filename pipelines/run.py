@@ -1,4 +1,6 @@
-"""run: the settings of a whole run, the chain of artifacts they stand for, and making what is missing."""
+"""run: the settings of a whole run, the chain of artifacts they stand for, and making what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from clusterlib.artifact import Artifact, Root, Spec
-from clusterlib.config import Config, override, read_yaml, runtime, validate
-from clusterlib.diagnostics import PhaseSummary, summarize
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.config import Config, override, read_yaml, runtime, validate
+from clusterlib.artifacts.tables import MEAN
+from clusterlib.batches.plan import BatchingConfig, Plan
+from clusterlib.batches.visits import PhaseSummary, summarize
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import MEAN
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
 from pipelines.evaluate import EvaluateConfig, StudentTests, evaluate, scores_spec
@@ -39,7 +41,9 @@ class RunConfig(Config):
 
     name: str = Field(..., pattern=r"^[\w.-]+$")
     description: str = ""
-    data: str = runtime(".", description="folder or URI where relative paths of inputs and tests start")
+    data: str = runtime(
+        ".", description="folder or URI where relative paths of inputs and tests start"
+    )
     ingest: IngestConfig
     embed: EmbedConfig
     cluster: ClusterConfig
@@ -49,14 +53,17 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
     arms: dict[str, dict[str, Any]] = Field(
-        {}, description="runs to compare: name -> dotted settings that differ; artifacts they share are made once"
+        {},
+        description="runs to compare: name -> dotted settings that differ; artifacts they share "
+        "are made once",
     )
 
     @model_validator(mode="after")
     def _has_tests(self) -> Self:
         if self.train.test_every_steps and not (self.evaluate.tests or self.evaluate.tasks):
             raise ValueError(
-                f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; name some in "
+                f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; "
+                "name some in "
                 "evaluate.tests or evaluate.tasks"
             )
         return self
@@ -65,14 +72,20 @@ class RunConfig(Config):
     def _has_teacher(self) -> Self:
         for setting in teacher_settings(self.train, self.batching):
             if not self.shard.teacher_vectors:
-                raise ValueError(f"{setting} needs the teacher's vectors; set shard.teacher_vectors=true")
+                raise ValueError(
+                    f"{setting} needs the teacher's vectors; set shard.teacher_vectors=true"
+                )
         return self
 
     def arm_configs(self) -> dict[str, RunConfig]:
-        """The configuration of each arm; the recipe itself, under its own name, when it has none."""
+        """The configuration of each arm; the recipe itself, under its own name, when it has
+        none.
+        """
         if not self.arms:
             return {self.name: self}
-        return {arm: self.with_overrides(changes, f"arms.{arm}") for arm, changes in self.arms.items()}
+        return {
+            arm: self.with_overrides(changes, f"arms.{arm}") for arm, changes in self.arms.items()
+        }
 
     def with_overrides(self, overrides: dict[str, Any], origin: str) -> RunConfig:
         return _validate(override(self.model_dump(mode="json"), overrides), origin)
@@ -94,7 +107,9 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
     path = Path(name) if name.endswith((".yaml", ".yml")) else _RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in _RECIPES.glob("*.yaml")))
-        raise StrataError(f"{name}: no such recipe; name one of {known}, or the path of a .yaml file")
+        raise StrataError(
+            f"{name}: no such recipe; name one of {known}, or the path of a .yaml file"
+        )
     config = _validate(override(read_yaml(path), overrides), str(path))
     config.arm_configs()  # faults in an arm show now, not after hours
     return config
@@ -102,7 +117,9 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
 
 @dataclass(frozen=True)
 class Chain:
-    """The specs of an arm's artifacts, each made from the ones before; inputs and models are only told apart."""
+    """The specs of an arm's artifacts, each made from the ones before; inputs and models are only
+    told apart.
+    """
 
     config: RunConfig
 
@@ -120,7 +137,9 @@ class Chain:
 
     @functools.cached_property
     def shards(self) -> Spec:
-        return shards_spec(self.config.shard, self.embeddings.fingerprint, self.centroids.fingerprint)
+        return shards_spec(
+            self.config.shard, self.embeddings.fingerprint, self.centroids.fingerprint
+        )
 
     @property
     def tests(self) -> StudentTests:
@@ -128,23 +147,30 @@ class Chain:
 
     @functools.cached_property
     def model(self) -> Spec:
-        return model_spec(self.config.train, self.config.batching, self.shards.fingerprint, self.tests)
+        return model_spec(
+            self.config.train, self.config.batching, self.shards.fingerprint, self.tests
+        )
 
     def specs(self) -> list[Spec]:
         return [self.pairs, self.embeddings, self.centroids, self.shards, self.model]
 
 
 class Run:
-    """A recipe at work under a root; each method makes one artifact kind for all arms, or finds it made.
+    """A recipe at work under a root; each method makes one artifact kind for all arms, or finds it
+    made.
 
     Names on a hub mean the same from here on, in every process: the commit they are at now.
     """
 
     def __init__(self, config: RunConfig, root: Root) -> None:
-        self._recipe = config  # arms and trials that name another model do not want the commit of this one
+        self._recipe = (
+            config  # arms and trials that name another model do not want the commit of this one
+        )
         self.config = config.pinned()
         self.root = root
-        self.arms = {arm: Chain(arm_config.pinned()) for arm, arm_config in config.arm_configs().items()}
+        self.arms = {
+            arm: Chain(arm_config.pinned()) for arm, arm_config in config.arm_configs().items()
+        }
 
     def specs(self) -> list[tuple[str, Spec]]:
         """(arm or reference, spec) of all that the run makes, each once, in order."""
@@ -155,13 +181,17 @@ class Run:
         scored = self._scores_specs()
         for name, spec in scored.items():
             found.setdefault(spec.name, (name, spec))
-        spec = report_spec(self.config.name, self._report_inputs({name: spec.name for name, spec in scored.items()}))
+        spec = report_spec(
+            self.config.name,
+            self._report_inputs({name: spec.name for name, spec in scored.items()}),
+        )
         found[spec.name] = ("", spec)
         return list(found.values())
 
     def ingest(self) -> dict[str, Artifact]:
         return {
-            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, self.root) for arm, chain in self.arms.items()
+            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, self.root)
+            for arm, chain in self.arms.items()
         }
 
     def embed(self) -> dict[str, Artifact]:
@@ -217,7 +247,9 @@ class Run:
     def score(self, names: Sequence[str]) -> dict[str, Artifact]:
         """Scores of models from elsewhere, by folder or hub name, on the recipe's tests."""
         references = {name: {"name": name} for name in names}
-        config = self.config.evaluate.replace(references=references).located(self.config.data).pinned()
+        config = (
+            self.config.evaluate.replace(references=references).located(self.config.data).pinned()
+        )
         return evaluate(config, dict(config.references), self.root)
 
     def scores(self) -> dict[str, Artifact]:
@@ -237,7 +269,10 @@ class Run:
     def tune(self) -> list[Outcome]:
         """Train and score every combination of `tune.space` on the shards that are there."""
         overrides = combinations(self.config.tune.space)
-        chains = [Chain(self._recipe.with_overrides(changes, "tune.space").pinned()) for changes in overrides]
+        chains = [
+            Chain(self._recipe.with_overrides(changes, "tune.space").pinned())
+            for changes in overrides
+        ]
         score = functools.partial(_score, self.config.evaluate, self.config.tune.metric, self.root)
         trials = [
             Trial(
@@ -252,7 +287,10 @@ class Run:
             for changes, chain in zip(overrides, chains, strict=True)
         ]
         spec = Spec(
-            "tune", 1, {"tune": self.config.tune}, {"shards": next(iter(self.arms.values())).shards.fingerprint}
+            "tune",
+            1,
+            {"tune": self.config.tune},
+            {"shards": next(iter(self.arms.values())).shards.fingerprint},
         )
         return search(
             trials,
@@ -265,18 +303,27 @@ class Run:
     def _scores_specs(self) -> dict[str, Spec]:
         models: dict[str, str | ModelRef] = dict(self.config.evaluate.references)
         models |= {arm: chain.model.fingerprint for arm, chain in self.arms.items()}
-        return {name: scores_spec(self.config.evaluate, name, model) for name, model in models.items()}
+        return {
+            name: scores_spec(self.config.evaluate, name, model) for name, model in models.items()
+        }
 
     def _report_inputs(self, scores: dict[str, str]) -> dict[str, dict[str, str]]:
         """Names of the artifacts a report reads: of each arm by kind, and of all scores by run."""
-        inputs = {arm: {spec.kind: spec.name for spec in chain.specs()} for arm, chain in self.arms.items()}
+        inputs = {
+            arm: {spec.kind: spec.name for spec in chain.specs()}
+            for arm, chain in self.arms.items()
+        }
         return {**inputs, "": scores}
 
     def _open(self, spec: Spec, stage: str) -> Artifact:
-        return self.root.open(spec.name, f"run `strata {stage}` with the same recipe and settings first")
+        return self.root.open(
+            spec.name, f"run `strata {stage}` with the same recipe and settings first"
+        )
 
 
 def _score(config: EvaluateConfig, metric: str, root: Root, name: str, model: Artifact) -> float:
     """A model's mean over the tests of one metric."""
     scores = evaluate(config, {name: model}, root)[name].read().to_pylist()
-    return next(float(row["value"]) for row in scores if row["task"] == MEAN and row["metric"] == metric)
+    return next(
+        float(row["value"]) for row in scores if row["task"] == MEAN and row["metric"] == metric
+    )

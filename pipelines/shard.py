@@ -1,4 +1,6 @@
-"""shard: `embeddings` + `centroids` -> `shards`, rows grouped by cluster and tokenised, in one pass."""
+"""shard: `embeddings` + `centroids` -> `shards`, rows grouped by cluster and tokenised, in one
+pass.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from clusterlib import kmeans, shards
-from clusterlib.artifact import Artifact, Root, Slice, Spec
-from clusterlib.config import Config, runtime
-from clusterlib.draft import Draft, Receipt
-from clusterlib.tables import INDEX, TREE, shards_schema, token_type
-from clusterlib.tables import vectors as to_matrix
+from clusterlib.artifacts.artifact import Artifact, Root, Slice, Spec
+from clusterlib.artifacts.config import Config, runtime
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import INDEX, TREE, shards_schema, token_type
+from clusterlib.artifacts.tables import vectors as to_matrix
+from clusterlib.clusters import kmeans, shards
 from pipelines.stage import Task, Workers, make
 from train.data import TOKENIZER
 from train.model import TokenizerRef
@@ -29,13 +31,19 @@ class ShardConfig(Config):
     """How texts become the student's tokens."""
 
     tokenizer: TokenizerRef = Field(..., description="the student's")
-    query_prompt: str = Field("", description="put before each query, in training and in the exported model")
+    query_prompt: str = Field(
+        "", description="put before each query, in training and in the exported model"
+    )
     passage_prompt: str = Field("", description="put before each passage")
     query_max_tokens: int = Field(..., ge=3, description="longer queries are cut")
     passage_max_tokens: int = Field(..., ge=3, description="longer passages are cut")
-    teacher_vectors: bool = Field(False, description="carry the teacher's vectors along, to filter and mine by")
+    teacher_vectors: bool = Field(
+        False, description="carry the teacher's vectors along, to filter and mine by"
+    )
 
-    block_rows: int = runtime(65_536, ge=1, description="rows a task sorts in memory and writes as one file")
+    block_rows: int = runtime(
+        65_536, ge=1, description="rows a task sorts in memory and writes as one file"
+    )
 
 
 def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
@@ -46,8 +54,8 @@ def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
 def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: Root) -> Artifact:
     """Assign every pair to its leaf, tokenise it, and write each block as one file sorted by leaf.
 
-    The artifact holds the table `shards`, the tables `index` and `tree` that a plan is made from, and the
-    tokenizer.
+    The artifact holds the table `shards`, the tables `index` and `tree` that a plan is made from,
+    and the tokenizer.
 
     Raises:
         StrataError: the tokenizer cannot be loaded.
@@ -70,18 +78,29 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
             files = draft.write_folder(TOKENIZER, Path(folder))
         tree = draft.write("tree", "tree", TREE, [centroids.read(columns=TREE.names)])
         truncated = {
-            side: sum(receipt.stats["num_truncated"][side] for receipt in receipts) for side in ("query", "passage")
+            side: sum(receipt.stats["num_truncated"][side] for receipt in receipts)
+            for side in ("query", "passage")
         }
-        stats = {"num_rows_by_source": embeddings.stats["num_rows_by_source"], "num_truncated": truncated}
+        stats = {
+            "num_rows_by_source": embeddings.stats["num_rows_by_source"],
+            "num_truncated": truncated,
+        }
         return draft.publish([*receipts, Receipt([tree, *files])], stats)
 
     return make(
-        draft, "shard", tasks, functools.partial(_Worker, config, embeddings, centroids, draft), Workers(), publish
+        draft,
+        "shard",
+        tasks,
+        functools.partial(_Worker, config, embeddings, centroids, draft),
+        Workers(),
+        publish,
     )
 
 
 class _Worker:
-    def __init__(self, config: ShardConfig, embeddings: Artifact, centroids: Artifact, draft: Draft) -> None:
+    def __init__(
+        self, config: ShardConfig, embeddings: Artifact, centroids: Artifact, draft: Draft
+    ) -> None:
         self._config = config
         self._embeddings = embeddings
         self._draft = draft
@@ -101,8 +120,12 @@ class _Worker:
         embeddings = _EMBEDDINGS if config.teacher_vectors else kmeans.columns(self._field)
         columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *embeddings]
         table = pa.concat_tables([self._embeddings.read_slice(piece, columns) for piece in pieces])
-        query, cut_queries = self._tokenize(table["query"], config.query_prompt, config.query_max_tokens)
-        passage, cut_passages = self._tokenize(table["passage"], config.passage_prompt, config.passage_max_tokens)
+        query, cut_queries = self._tokenize(
+            table["query"], config.query_prompt, config.query_max_tokens
+        )
+        passage, cut_passages = self._tokenize(
+            table["passage"], config.passage_prompt, config.passage_max_tokens
+        )
         ids = [table[name] for name in ("pair_id", "source")]
         teacher = [table[name] for name in _EMBEDDINGS] if config.teacher_vectors else []
         leaf = pa.array(self._leaves(table))
@@ -115,7 +138,11 @@ class _Worker:
             self._draft.write("shards", f"{file:06d}", block.schema, groups),
             self._draft.write("index", f"{file:06d}", INDEX, [runs]),
         ]
-        return Receipt(parts, block.num_rows, stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}})
+        return Receipt(
+            parts,
+            block.num_rows,
+            stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}},
+        )
 
     def _leaves(self, table: pa.Table) -> np.ndarray:
         """The nearest leaf of each pair's own source, int32 [rows]."""
@@ -126,7 +153,9 @@ class _Worker:
             leaves[rows] = kmeans.assign(vectors[rows], self._centroids[source])[0]
         return leaves
 
-    def _tokenize(self, texts: pa.ChunkedArray, prompt: str, max_tokens: int) -> tuple[pa.ChunkedArray, int]:
+    def _tokenize(
+        self, texts: pa.ChunkedArray, prompt: str, max_tokens: int
+    ) -> tuple[pa.ChunkedArray, int]:
         """Token ids with prompt and special tokens, and how many texts were cut to `max_tokens`."""
         self._tokenizer.enable_truncation(max_tokens, direction=self._truncation_side)
         tokens, cut = [], 0

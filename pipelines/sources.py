@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from clusterlib import hub
-from clusterlib.config import Config, fingerprint
-from clusterlib.digests import contents, of_files
+from clusterlib.artifacts import hub
+from clusterlib.artifacts.config import Config, fingerprint
+from clusterlib.artifacts.digests import contents, of_files
+from clusterlib.artifacts.tables import is_text
 from clusterlib.errors import StrataError
-from clusterlib.tables import is_text
 from pipelines.docstrings import module_files, package_version, read_docstrings
 from pipelines.files import (
     BATCH_ROWS,
@@ -59,35 +59,51 @@ class Columns(Config):
 class InputConfig(Config):
     """One input: where its pairs are and what source they belong to."""
 
-    source: str = Field(..., pattern=r"^[\w.-]+$", description="name of the source; several inputs may share it")
+    source: str = Field(
+        ..., pattern=r"^[\w.-]+$", description="name of the source; several inputs may share it"
+    )
     format: Literal["parquet", "jsonl", "tsv", "beir", "huggingface", "docstrings"] = Field(
         ...,
-        description="parquet or jsonl (also .gz) files of pairs; tsv: a folder in MS MARCO's layout; beir: a BEIR "
-        "folder; huggingface: a data set by hub name or local folder; docstrings: of an installed package",
+        description="parquet or jsonl (also .gz) files of pairs; tsv: a folder in MS MARCO's "
+        "layout; beir: a BEIR "
+        "folder; huggingface: a data set by hub name or local folder; docstrings: of an installed "
+        "package",
     )
     path: str = Field(
         ...,
-        description="for parquet and jsonl: a file, a folder with all below it, or a pattern, local or a URI; patterns "
-        "are a shell's: `*` stays in its folder, `**` descends, `[[]` is a bracket itself, and hidden files are left "
-        "out. A folder for tsv and beir; a data set's hub name or local folder; a Python package, module or `stdlib`",
+        description="for parquet and jsonl: a file, a folder with all below it, or a pattern, "
+        "local or a URI; patterns "
+        "are a shell's: `*` stays in its folder, `**` descends, `[[]` is a bracket itself, and "
+        "hidden files are left out. A folder for tsv and beir; a data set's hub name or local "
+        "folder; a Python package, module or `stdlib`",
     )
     columns: Columns = Field(Columns(), description="for parquet, jsonl and huggingface")
-    split: str = Field("train", description="for tsv, beir and huggingface: which queries and judgements")
-    subset: str | None = Field(None, description="for huggingface: the data set's configuration name")
-    revision: str | None = Field(
-        None, description="branch, tag or commit of a data set on the hub; by default its latest commit"
+    split: str = Field(
+        "train", description="for tsv, beir and huggingface: which queries and judgements"
     )
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to keep, chosen by the hash of their ids")
+    subset: str | None = Field(
+        None, description="for huggingface: the data set's configuration name"
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit of a data set on the hub; by default its latest commit",
+    )
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the pairs to keep, chosen by the hash of their ids"
+    )
 
     @model_validator(mode="after")
     def _is_a_name(self) -> Self:
         if self.format == "huggingface" and "://" in self.path:
             raise ValueError(
-                f"path {self.path!r} is a URI, and format huggingface takes a data set's hub name or a local folder; "
+                f"path {self.path!r} is a URI, and format huggingface takes a data set's hub name "
+                "or a local folder; "
                 "read files at a URI with format parquet or jsonl"
             )
         if self.revision is not None and self.format != "huggingface":
-            raise ValueError(f"revision {self.revision!r} is for format huggingface, not {self.format}")
+            raise ValueError(
+                f"revision {self.revision!r} is for format huggingface, not {self.format}"
+            )
         return self
 
     def located(self, folder: str) -> Self:
@@ -99,10 +115,14 @@ class InputConfig(Config):
         return self if named else self.model_copy(update={"path": absolute(self.path, folder)})
 
     def content(self) -> dict[str, Any]:
-        """All settings, but for where files lie and a revision's name: `origin` says what they are."""
+        """All settings, but for where files lie and a revision's name: `origin` says what they
+        are.
+        """
         content = super().content()
         del content["revision"]
-        if self.format != "docstrings" and (self.format != "huggingface" or Path(self.path).is_absolute()):
+        if self.format != "docstrings" and (
+            self.format != "huggingface" or Path(self.path).is_absolute()
+        ):
             del content["path"]
         return content
 
@@ -135,7 +155,8 @@ class _Rows:
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(_RAW)
         self._rows, self._num_chars = [], 0
         return pa.Table.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, _RAW, strict=True)], schema=_RAW
+            [pa.array(column, field.type) for column, field in zip(columns, _RAW, strict=True)],
+            schema=_RAW,
         )
 
 
@@ -146,7 +167,11 @@ def splits(config: InputConfig) -> list[Split]:
         StrataError: files are missing.
     """
     if config.format in ("parquet", "jsonl"):
-        endings = (".parquet",) if config.format == "parquet" else (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+        endings = (
+            (".parquet",)
+            if config.format == "parquet"
+            else (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+        )
         files = _folder(config).files(*endings, pattern=split_pattern(config.path)[1])
         return [Split(f"{number:05d}", config, info.path) for number, info in enumerate(files)]
     if config.format == "tsv":
@@ -155,15 +180,19 @@ def splits(config: InputConfig) -> list[Split]:
         beir_files(Location(config.path), config.split)
     elif _is_hub_name(config):  # a worker must not ask again: there may be a new commit by then
         config = config.model_copy(
-            update={"revision": hub.commit(config.path, config.revision, "dataset") or config.revision}
+            update={
+                "revision": hub.commit(config.path, config.revision, "dataset") or config.revision
+            }
         )
     return [Split("00000", config, config.path)]
 
 
 def origin(config: InputConfig | RetrievalTestConfig) -> Any:
-    """What identifies an input's content, wherever it lies: names and digests (or tags) of its files.
+    """What identifies an input's content, wherever it lies: names and digests (or tags) of its
+    files.
 
-    A local file is read whole when it is first met, then only after a change: see clusterlib.digests.
+    A local file is read whole when it is first met, then only after a change: see
+        clusterlib.artifacts.digests.
     """
     if config.format == "docstrings":
         return package_content(config.path)
@@ -173,22 +202,34 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     if config.format == "huggingface":
         files = location.files("")
     elif config.format == "tsv":
-        files = [location.fs.get_file_info(file.path) for file in marco_files(location, config.split)]
+        files = [
+            location.fs.get_file_info(file.path) for file in marco_files(location, config.split)
+        ]
     elif config.format == "beir":
-        files = [location.fs.get_file_info(file.path) for file in beir_files(location, config.split)]
+        files = [
+            location.fs.get_file_info(file.path) for file in beir_files(location, config.split)
+        ]
     else:
         assert isinstance(config, InputConfig)
         files = location.fs.get_file_info([split.file for split in splits(config)])
     try:
-        return [[info.base_name, content] for info, content in zip(files, contents(location.fs, files), strict=True)]
+        return [
+            [info.base_name, content]
+            for info, content in zip(files, contents(location.fs, files), strict=True)
+        ]
     except OSError as error:
         raise StrataError(f"{config.path}: cannot be read ({error})") from error
 
 
 @functools.cache
 def package_content(package: str) -> list[str]:
-    """Version and digest of an installed package's modules; taken once, since every arm and test asks for it."""
-    return [package_version(package), fingerprint(of_files([path for _, path in module_files(package)]))]
+    """Version and digest of an installed package's modules; taken once, since every arm and test
+    asks for it.
+    """
+    return [
+        package_version(package),
+        fingerprint(of_files([path for _, path in module_files(package)])),
+    ]
 
 
 def _folder(config: InputConfig | RetrievalTestConfig) -> Location:
@@ -203,8 +244,8 @@ def _is_hub_name(config: InputConfig) -> bool:
 def read(split: Split, refuse: Refuse) -> Iterator[pa.Table]:
     """Raw rows of a split, at most BATCH_ROWS at once, as `validate_pairs` takes them.
 
-    A row of tsv and beir is a judgement, by its file and line; lines of queries and of the corpus that cannot be read
-    are refused beside them.
+    A row of tsv and beir is a judgement, by its file and line; lines of queries and of the corpus
+    that cannot be read are refused beside them.
 
     Args:
         refuse: told of every row that could not be read.
@@ -243,11 +284,15 @@ def read(split: Split, refuse: Refuse) -> Iterator[pa.Table]:
 
 
 def _columns(columns: Columns, file: str, names: Sequence[str]) -> list[str]:
-    """The distinct names of the mapped columns; StrataError where one is not among `names`, or twice."""
+    """The distinct names of the mapped columns; StrataError where one is not among `names`, or
+    twice.
+    """
     wanted = {role: name for role, name in columns if name is not None}
     for role, name in wanted.items():
         if name not in names:
-            raise StrataError(f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(names)}")
+            raise StrataError(
+                f"{file}: no column {name!r} for columns.{role}; the columns are {', '.join(names)}"
+            )
     check_distinct(file, list(wanted.values()), names)
     return sorted(set(wanted.values()))
 
@@ -259,7 +304,9 @@ def _select(table: pa.Table, columns: Columns, file: str, first_row: int) -> pa.
         try:
             topic = topic.cast(pa.string())
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-            raise StrataError(f"columns.topic: {columns.topic!r} is {topic.type}, not a label; name another") from error
+            raise StrataError(
+                f"columns.topic: {columns.topic!r} is {topic.type}, not a label; name another"
+            ) from error
     return pa.table(
         {
             "file": pa.array([file] * table.num_rows, pa.string()),
@@ -284,7 +331,9 @@ def _read_jsonl(split: Split, location: Location, refuse: Refuse) -> Iterator[pa
     num_objects = 0
     for number, record in location.objects(refuse):
         num_objects += 1
-        if num_objects <= BATCH_ROWS:  # any row may lack a field; that all of these do shows that the mapping is wrong
+        if (
+            num_objects <= BATCH_ROWS
+        ):  # any row may lack a field; that all of these do shows that the mapping is wrong
             fields |= dict.fromkeys(record)
         if num_objects == BATCH_ROWS:
             _columns(columns, split.file, list(fields))
@@ -312,14 +361,17 @@ def _read_huggingface(split: Split) -> Iterator[pa.Table]:
     columns = split.input.columns
     _columns(columns, split.file, dataset.column_names)
     for start in range(0, len(dataset), BATCH_ROWS):
-        yield _select(dataset.with_format("arrow")[start : start + BATCH_ROWS], columns, split.file, start)
+        yield _select(
+            dataset.with_format("arrow")[start : start + BATCH_ROWS], columns, split.file, start
+        )
 
 
 def _load_dataset(config: InputConfig) -> Any:
     """The split of a data set.
 
     Raises:
-        StrataError: there is none, the hub does not answer, or the local cache has another commit than `revision`.
+        StrataError: there is none, the hub does not answer, or the local cache has another commit
+            than `revision`.
     """
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
@@ -329,18 +381,22 @@ def _load_dataset(config: InputConfig) -> Any:
         if not _is_hub_name(config):
             return load_dataset(config.path, config.subset, split=config.split)
         # By this spelling no folder of that name is taken for it.
-        builder = load_dataset_builder(f"hf://datasets/{config.path}", config.subset, revision=config.revision)
+        builder = load_dataset_builder(
+            f"hf://datasets/{config.path}", config.subset, revision=config.revision
+        )
         # Where the hub does not answer, `datasets` takes what its cache has.
         if hub.is_commit(config.revision) and builder.hash != config.revision:
             raise StrataError(
-                f"{config.path}: the hub does not answer, and the local cache has commit {builder.hash}, not "
-                f"{config.revision}; try again later, or set its revision"
+                f"{config.path}: the hub does not answer, and the local cache has commit "
+                f"{builder.hash}, not {config.revision}; try again later, or set its revision"
             )
         builder.download_and_prepare()
         return builder.as_dataset(config.split)
     except (DatasetsError, HTTPError, ValueError, OSError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise StrataError(f"{config.path}: the data set cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise StrataError(
+            f"{config.path}: the data set cannot be loaded ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _read_docstrings(package: str) -> Iterator[pa.Table]:
@@ -361,8 +417,8 @@ def _join(
 ) -> Iterator[pa.Table]:
     """Pairs of every judgement above 0, in the order of the corpus.
 
-    The corpus streams by. Queries and judgements are held in the memory of one process: 0.6 GB for a million of each,
-    measured, so 0.4 GB for MS MARCO's.
+    The corpus streams by. Queries and judgements are held in the memory of one process: 0.6 GB for
+    a million of each, measured, so 0.4 GB for MS MARCO's.
 
     Args:
         file: that the judgements are in.

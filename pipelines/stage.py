@@ -1,4 +1,6 @@
-"""What all stages share: a connection to Ray, and running a stage's tasks so that none is lost or done twice."""
+"""What all stages share: a connection to Ray, and running a stage's tasks so that none is lost or
+done twice.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from typing import Any, TypeVar
 import ray
 import ray.data
 
-from clusterlib.artifact import Artifact
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
 
@@ -43,13 +45,15 @@ def ray_session(address: str | None) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        # One logical CPU more than there are: coordinators take it, or actors that hold all others would
-        # leave none for the tasks they wait for, and the run would hang without a word.
+        # One logical CPU more than there are: coordinators take it, or actors that hold all others
+        # would leave none for the tasks they wait for, and the run would hang without a word.
         num_cpus = (os.cpu_count() or 1) + 1
-        # Without the dashboard Ray Train cannot clean up after a trial that was stopped: it keeps its
-        # placement group and the next one hangs (seen with ray 2.60). It listens on loopback only.
-        # "local", or Ray would look for a cluster that someone else started here.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR)
+        # Without the dashboard Ray Train cannot clean up after a trial that was stopped: it keeps
+        # its placement group and the next one hangs (seen with ray 2.60). It listens on loopback
+        # only. "local", or Ray would look for a cluster that someone else started here.
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=True, logging_level=logging.ERROR
+        )
     else:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env=_runtime_env())
     try:
@@ -59,7 +63,9 @@ def ray_session(address: str | None) -> Iterator[None]:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """What travels to the nodes of a Ray cluster: our packages, unless a job has brought them, and settings."""
+    """What travels to the nodes of a Ray cluster: our packages, unless a job has brought them, and
+    settings.
+    """
     variables = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return {"env_vars": variables}
@@ -88,7 +94,8 @@ class Workers:
 
     Attributes:
         min_workers: started at once; more follow while tasks wait.
-        max_workers: None for as many as the Ray cluster has room for now; a number lets it grow to that many.
+        max_workers: None for as many as the Ray cluster has room for now; a number lets it grow to
+            that many.
     """
 
     min_workers: int = 1
@@ -106,21 +113,25 @@ def make(
     workers: Workers,
     publish: Callable[[list[Receipt]], Artifact],
 ) -> Artifact:
-    """Run the tasks that have no receipt yet, on Ray Data actors, and publish the artifact from all receipts.
+    """Run the tasks that have no receipt yet, on Ray Data actors, and publish the artifact from all
+    receipts.
 
     Args:
-        worker: called once in every process; what it returns turns a task's work into parts and a receipt.
+        worker: called once in every process; what it returns turns a task's work into parts and a
+            receipt.
         publish: makes the artifact from the receipts, given in task order.
 
     Raises:
-        StrataError: a task found bad input, or failed in a way that nobody expected; of that the message says what
-            it worked on and where the traceback is.
+        StrataError: a task found bad input, or failed in a way that nobody expected; of that the
+            message says what it worked on and where the traceback is.
     """
     done = draft.receipts()
     todo = [task for task in tasks if task.id not in done]
     progress = ProgressLine(label, len(todo), len(tasks) - len(todo))
     if todo:
-        dataset = ray.data.from_items([{"task": index} for index in range(len(todo))], override_num_blocks=len(todo))
+        dataset = ray.data.from_items(
+            [{"task": index} for index in range(len(todo))], override_num_blocks=len(todo)
+        )
         signed = dataset.map_batches(
             _Actor,
             fn_constructor_args=(draft, label, todo, worker),
@@ -139,16 +150,20 @@ def make(
 
         told(draft, f"{label}: Ray could not run the tasks", "ray", follow)
     progress.close()
-    receipts = [receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None]
+    receipts = [
+        receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None
+    ]
     if len(receipts) == len(tasks):
         try:
             return publish(receipts)
         except FileNotFoundError:
             if draft.root.find(draft.spec) is None:
                 raise
-    # Another driver that works on the same artifact was first to publish it, and swept the receipts or what `publish`
-    # was writing.
-    made = draft.root.open(draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's")
+    # Another driver that works on the same artifact was first to publish it, and swept the receipts
+    # or what `publish` was writing.
+    made = draft.root.open(
+        draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's"
+    )
     draft.sweep(made)
     return made
 
@@ -156,10 +171,17 @@ def make(
 def _pool(workers: Workers, num_tasks: int) -> ray.data.ActorPoolStrategy:
     room = ray.cluster_resources()
     if workers.num_gpus and room.get("GPU", 0) < workers.num_gpus:
-        raise StrataError(f"a worker asks for {workers.num_gpus} GPU and the Ray cluster has {room.get('GPU', 0):g}")
+        raise StrataError(
+            f"a worker asks for {workers.num_gpus} GPU and the Ray cluster has "
+            f"{room.get('GPU', 0):g}"
+        )
     asked = {"CPU": workers.num_cpus, "GPU": workers.num_gpus, "memory": workers.memory_bytes}
     spare = {"CPU": 1}  # for the coordinators
-    fits = [(room.get(name, 0) - spare.get(name, 0)) / amount for name, amount in asked.items() if amount]
+    fits = [
+        (room.get(name, 0) - spare.get(name, 0)) / amount
+        for name, amount in asked.items()
+        if amount
+    ]
     most = max(1, min(workers.max_workers or int(min(fits)), num_tasks))
     return ray.data.ActorPoolStrategy(min_size=min(workers.min_workers, most), max_size=most)
 
@@ -188,7 +210,8 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
     except Exception as error:  # noqa: BLE001
         folder = f"{draft.root.path}/{ERRORS}"
         path = f"{folder}/{draft.spec.name.replace('/', '-')}-{name}.txt"
-        text = f"{subject}\n{dt.datetime.now(dt.UTC).isoformat(timespec='seconds')}\n\n{traceback.format_exc()}"
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
         kept = f"its traceback is in {path}"
         try:
             draft.root.fs.create_dir(folder, recursive=True)
@@ -201,7 +224,9 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
 
 
 def fetch(draft: Draft, subject: str, reference: ray.ObjectRef) -> Any:
-    """The result of a Ray task that tells its errors with `told`; what Ray itself fails at is told likewise."""
+    """The result of a Ray task that tells its errors with `told`; what Ray itself fails at is told
+    likewise.
+    """
 
     def get() -> Any:
         try:
@@ -221,7 +246,11 @@ class _Actor:
     """
 
     def __init__(
-        self, draft: Draft, label: str, tasks: Sequence[Task], worker: Callable[[], Callable[[Any], Receipt]]
+        self,
+        draft: Draft,
+        label: str,
+        tasks: Sequence[Task],
+        worker: Callable[[], Callable[[Any], Receipt]],
     ) -> None:
         self._draft = draft
         self._label = label
@@ -249,7 +278,8 @@ class _Actor:
             receipt = self._work(task.work)
             self._draft.commit(task.id, receipt)
         except OSError:
-            # Another driver may have published the artifact and swept the files this task was writing.
+            # Another driver may have published the artifact and swept the files this task was
+            # writing.
             if self._draft.root.find(self._draft.spec) is None:
                 raise
             return 0
@@ -257,7 +287,9 @@ class _Actor:
 
 
 class ProgressLine:
-    """Tasks and rows done, rate and time left: one line rewritten on a terminal, a line now and then elsewhere."""
+    """Tasks and rows done, rate and time left: one line rewritten on a terminal, a line now and
+    then elsewhere.
+    """
 
     def __init__(self, label: str, num_tasks: int, num_done_before: int) -> None:
         self._label = label
@@ -267,7 +299,10 @@ class ProgressLine:
         self._since = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
         if num_done_before:
-            print(f"{label}: {num_done_before} tasks were done before, {num_tasks} to go", file=sys.stderr)
+            print(
+                f"{label}: {num_done_before} tasks were done before, {num_tasks} to go",
+                file=sys.stderr,
+            )
 
     def advance(self, num_rows: int) -> None:
         self._num_done += 1
@@ -286,6 +321,7 @@ class ProgressLine:
         left = seconds / self._num_done * (self._num_tasks - self._num_done)
         text = (
             f"{self._label}: {self._num_done}/{self._num_tasks} tasks, {self._num_rows:,} rows, "
-            f"{self._num_rows / seconds:,.0f} rows/s, " + (f"{left:.0f} s left" if left else f"{seconds:.0f} s")
+            f"{self._num_rows / seconds:,.0f} rows/s, "
+            + (f"{left:.0f} s left" if left else f"{seconds:.0f} s")
         )
         print(f"{text:<78}" if self._terminal else text, end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,6 @@
-"""Fixtures shared by all packages: tiny models made from a config, tiny data, and one Ray for all tests."""
+"""Fixtures shared by all packages: tiny models made from a config, tiny data, and one Ray for all
+tests.
+"""
 
 import json
 import os
@@ -28,11 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clusterlib import shards as shardlib
-from clusterlib.artifact import Root, Spec
-from clusterlib.draft import Draft, Receipt
-from clusterlib.tables import INDEX, TREE, fixed_size_list, shards_schema
-from clusterlib.tree import build
+from clusterlib.artifacts.artifact import Root, Spec
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import INDEX, TREE, fixed_size_list, shards_schema
+from clusterlib.clusters import shards as shardlib
+from clusterlib.clusters.tree import build
 
 TOPICS = {
     "garden": "rose tulip soil water seed root leaf plant bloom shade mulch prune",
@@ -50,15 +52,26 @@ def tokenizer_folder(tmp_path_factory):
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:-()'\""
     words = sorted(
-        {word for topic in TOPICS.values() for word in topic.split()} | {"what", "about", "the", "query", "passage"}
+        {word for topic in TOPICS.values() for word in topic.split()}
+        | {"what", "about", "the", "query", "passage"}
     )
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *words]
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        *words,
+    ]
     vocabulary = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=special
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -94,7 +107,9 @@ def encoder_folder(tmp_path_factory, tokenizer_folder, architecture):
     torch.manual_seed(0)
     settings = {key: value for key, value in architecture.items() if key != "model_type"}
     # Large weights, or all texts would have nearly the same vector and ties would decide.
-    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.5, **settings)
+    config = AutoConfig.for_model(
+        "bert", vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.5, **settings
+    )
     folder = tmp_path_factory.mktemp("encoder")
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -145,7 +160,8 @@ def beir_folder(tmp_path_factory):
     (folder / "qrels").mkdir()
     pairs = make_pairs(24, seed=99)
     corpus = [
-        {"_id": f"d{number}", "title": "", "text": passage + " held out"} for number, (_, passage) in enumerate(pairs)
+        {"_id": f"d{number}", "title": "", "text": passage + " held out"}
+        for number, (_, passage) in enumerate(pairs)
     ]
     queries = [{"_id": f"q{number}", "text": query} for number, (query, _) in enumerate(pairs)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
@@ -162,8 +178,8 @@ def make_shards(tokenizer_folder):
 
 
 def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher_width=0):
-    """Two sources of four leaves; some ids occur twice; with random teacher vectors if they have a width.
-    Returns it and its rows in the order of the input."""
+    """Two sources of four leaves; some ids occur twice; with random teacher vectors if they have a
+    width. Returns it and its rows in the order of the input."""
     generator = np.random.default_rng(seed)
     token = pa.uint16()
     schema = shards_schema(token)
@@ -171,7 +187,10 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
 
     def tokens(low, high):
         lengths = generator.integers(low, high, num_rows)
-        return pa.array([[2, *generator.integers(4, 100, length).tolist(), 3] for length in lengths], pa.list_(token))
+        return pa.array(
+            [[2, *generator.integers(4, 100, length).tolist(), 3] for length in lengths],
+            pa.list_(token),
+        )
 
     sources = [str(generator.choice(["a", "b"])) for _ in range(num_rows)]
     table = pa.Table.from_arrays(
@@ -180,7 +199,9 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
             pa.array(sources),
             pa.array(generator.integers(0, 4, num_rows), pa.int32()),
             pa.array(generator.integers(0, num_rows // 2, num_rows).astype(np.uint64)),
-            pa.array(np.uint64(2**63) + generator.integers(0, num_rows // 2, num_rows).astype(np.uint64)),
+            pa.array(
+                np.uint64(2**63) + generator.integers(0, num_rows // 2, num_rows).astype(np.uint64)
+            ),
             tokens(1, 6),
             tokens(2, 20),
         ],
@@ -190,18 +211,30 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
         for side in ("query", "passage"):
             vectors = generator.standard_normal((num_rows, teacher_width))
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            table = table.append_column(f"teacher_{side}", fixed_size_list(vectors.astype(np.float16)))
+            table = table.append_column(
+                f"teacher_{side}", fixed_size_list(vectors.astype(np.float16))
+            )
         schema = table.schema
-    config = {"query_prompt": "", "passage_prompt": "", "query_max_tokens": 8, "passage_max_tokens": 24}
+    config = {
+        "query_prompt": "",
+        "passage_prompt": "",
+        "query_max_tokens": 8,
+        "passage_max_tokens": 24,
+    }
     draft = Draft(Root(str(root)), Spec("shards", 1, {"shard": {**config, "seed": seed}}))
     receipts = []
     for file, start in enumerate(range(0, num_rows, block_rows)):
         block = table.slice(start, block_rows)
         groups, runs = shardlib.group(block, file)
-        parts = [draft.write("shards", f"{start:06d}", schema, groups), draft.write("index", f"{file}", INDEX, [runs])]
+        parts = [
+            draft.write("shards", f"{start:06d}", schema, groups),
+            draft.write("index", f"{file}", INDEX, [runs]),
+        ]
         receipts.append(Receipt(parts, block.num_rows))
     extra = [
-        draft.write("tree", "tree", TREE, [tree.to_table(source, [1] * 4) for source in ("a", "b")]),
+        draft.write(
+            "tree", "tree", TREE, [tree.to_table(source, [1] * 4) for source in ("a", "b")]
+        ),
         *draft.write_folder("tokenizer", tokenizer_folder),
     ]
     counts = {source: sources.count(source) for source in ("a", "b")}

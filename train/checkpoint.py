@@ -1,5 +1,5 @@
-"""Checkpoints: weights, AdamW's moments, the records of all steps so far (their count is the plan position), the
-scores of the tests between them with the best weights where those are kept, config.
+"""Checkpoints: weights, AdamW's moments, the records of all steps so far (their count is the plan
+position), the scores of the tests between them with the best weights where those are kept, config.
 
 All of it is whole, so a run continues with any number of ranks and under any ZeRO stage.
 """
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from safetensors.torch import load_file, save_file
 
-from clusterlib.tables import STEPS, TESTS
+from clusterlib.artifacts.tables import STEPS, TESTS
 from train.engine import Engine
 from train.loop import Progress, TrainConfig
 
@@ -56,10 +56,12 @@ def load(folder: Path, engine: Engine, rank: int) -> Progress:
 
 
 def latest(fs: FileSystem, path: str) -> str | None:
-    """The path of the latest whole checkpoint among the folders in `path`, whose names sort by step; says which
-    it passed over."""
+    """The path of the latest whole checkpoint among the folders in `path`, whose names sort by
+    step; says which it passed over."""
     entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
-    for folder in sorted((entry.path for entry in entries if entry.type == FileType.Directory), reverse=True):
+    for folder in sorted(
+        (entry.path for entry in entries if entry.type == FileType.Directory), reverse=True
+    ):
         fault = _fault(fs, folder)
         if fault is None:
             return folder

@@ -11,8 +11,8 @@ import torch
 class Clock:
     """Splits time into named parts, at marks that cost nothing on the way.
 
-    On a GPU marks are events in its queue, so a part is the time that the GPU spent on it or waited in it; on
-    a CPU they are the wall clock.
+    On a GPU marks are events in its queue, so a part is the time that the GPU spent on it or waited
+    in it; on a CPU they are the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:

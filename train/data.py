@@ -1,4 +1,6 @@
-"""A rank's rows of each planned batch, read from a memory-mapped cache of the shards on its node."""
+"""A rank's rows of each planned batch, read from a memory-mapped cache of the shards on its
+node.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clusterlib.artifact import Artifact
+from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.tables import vectors
+from clusterlib.clusters.shards import ShardIndex
+from clusterlib.clusters.tree import from_table
 from clusterlib.errors import StrataError
-from clusterlib.shards import ShardIndex
-from clusterlib.tables import vectors
-from clusterlib.tree import from_table
 from train.loss import Pairs
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _IDS = ["query_id", "passage_id"]
 _TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
-_PAD_MULTIPLE = 8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
+_PAD_MULTIPLE = (
+    8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
+)
 
 
 class _Ragged:
@@ -55,7 +59,9 @@ class _File:
     def __init__(self, batch: pa.RecordBatch) -> None:
         # uint64 ids as int64 of the same bits: they are only compared.
         self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in _IDS}
-        self.pairs |= {name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names}
+        self.pairs |= {
+            name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names
+        }
         self.query_tokens = _Ragged(batch["query_tokens"])
         self.passage_tokens = _Ragged(batch["passage_tokens"])
 
@@ -107,8 +113,9 @@ def shard_index(shards: Artifact) -> ShardIndex:
 
 
 def load_tokenizer(shards: Artifact) -> Any:
-    """The tokenizer that made the shards, which they carry, as the student shall have it: it pads on the right, as
-    training does, with its end-of-text token where it has none to pad with, as decoders' tokenizers have.
+    """The tokenizer that made the shards, which they carry, as the student shall have it: it pads
+    on the right, as training does, with its end-of-text token where it has none to pad with, as
+    decoders' tokenizers have.
 
     Raises:
         StrataError: it has neither.
@@ -116,13 +123,17 @@ def load_tokenizer(shards: Artifact) -> Any:
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(shards.download(TOKENIZER, Path(folder)), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            shards.download(TOKENIZER, Path(folder)), trust_remote_code=False
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise StrataError(
-                f"{shards.name}: its tokenizer has neither a padding nor an end-of-text token, so texts of different "
-                "length cannot be batched; give shard.tokenizer's tokenizer_config.json a pad_token that it knows"
+                f"{shards.name}: its tokenizer has neither a padding nor an end-of-text token, so "
+                "texts of different "
+                "length cannot be batched; give shard.tokenizer's tokenizer_config.json a "
+                "pad_token that it knows"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -134,12 +145,18 @@ def check_teacher(shards: Artifact, setting: str) -> None:
     Raises:
         StrataError: the shards carry none.
     """
-    if any(not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names) for part in shards.parts()[:1]):
-        raise StrataError(f"{setting}: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true")
+    if any(
+        not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names)
+        for part in shards.parts()[:1]
+    ):
+        raise StrataError(
+            f"{setting}: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true"
+        )
 
 
 def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
-    """Copy ids and tokens of all shards to Arrow IPC files on this node, once; later calls find them.
+    """Copy ids and tokens of all shards to Arrow IPC files on this node, once; later calls find
+    them.
 
     Call it from one process a node. The folder appears whole or not at all.
 
@@ -170,18 +187,23 @@ def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
 def _pairs(pieces: Sequence[tuple[_File, np.ndarray]], columns: Sequence[str]) -> Pairs:
     return Pairs(
         **{
-            name: torch.from_numpy(np.concatenate([file.pairs[name][rows] for file, rows in pieces]))
+            name: torch.from_numpy(
+                np.concatenate([file.pairs[name][rows] for file, rows in pieces])
+            )
             for name in columns
         }
     )
 
 
 def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
-    """The rank of each row, so that ranks have as many rows as each other, or one more, and about as many tokens.
+    """The rank of each row, so that ranks have as many rows as each other, or one more, and about
+    as many tokens.
 
-    Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so far: so two ranks
-    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992, Asymptotic analysis of
-    an algorithm for balanced parallel processor scheduling, SIAM J. Comput. 21.)
+    Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so
+        far: so two ranks
+    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992,
+    Asymptotic analysis of an algorithm for balanced parallel processor scheduling, SIAM J. Comput.
+    21.)
 
     Args:
         lengths: int64 [B], tokens of each row.
@@ -227,10 +249,12 @@ class TokenStore:
                 self._files[int(path.stem)] = _File(reader.get_batch(0))
 
     def read(self, rows: np.ndarray, rank: int, num_ranks: int, micro_batch_size: int) -> RankBatch:
-        """The share of a global batch that `rank` works on: as many pairs as any other's, with about as many tokens.
+        """The share of a global batch that `rank` works on: as many pairs as any other's, with
+        about as many tokens.
 
-        Every rank deals the whole batch by the lengths alone, so all come to the same shares without a word. The
-        order of a batch does not matter to the loss, so a share is in file order, which reads best.
+        Every rank deals the whole batch by the lengths alone, so all come to the same shares
+        without a word. The order of a batch does not matter to the loss, so a share is in file
+        order, which reads best.
 
         Args:
             rows: int64 [B], numbers in leaf order.
@@ -240,7 +264,8 @@ class TokenStore:
         """
         if len(rows) % num_ranks:
             raise StrataError(
-                f"a batch of {len(rows)} pairs cannot be shared out evenly over {num_ranks} ranks; set "
+                f"a batch of {len(rows)} pairs cannot be shared out evenly over {num_ranks} ranks; "
+                "set "
                 "train.num_workers to a divisor of batching.global_batch_size"
             )
         order, files, file_rows = self._in_file_order(rows)
@@ -253,14 +278,22 @@ class TokenStore:
         mine = np.flatnonzero(deal(lengths, num_ranks) == rank)
         pieces = self._pieces(files[mine], file_rows[mine])
         query = self._side([(file.query_tokens, rows) for file, rows in pieces], micro_batch_size)
-        passage = self._side([(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size)
-        return RankBatch(rows[order[mine]], query, passage, _pairs(pieces, self._columns), int(lengths.sum()))
+        passage = self._side(
+            [(file.passage_tokens, rows) for file, rows in pieces], micro_batch_size
+        )
+        return RankBatch(
+            rows[order[mine]], query, passage, _pairs(pieces, self._columns), int(lengths.sum())
+        )
 
     def pairs(self, rows: np.ndarray) -> Pairs:
-        """Ids and the teacher's vectors of rows given by their numbers in leaf order, in the order given."""
+        """Ids and the teacher's vectors of rows given by their numbers in leaf order, in the order
+        given.
+        """
         order, files, file_rows = self._in_file_order(rows)
         places = torch.from_numpy(np.argsort(order))
-        return _pairs(self._pieces(files, file_rows), [*_IDS, *_TEACHER]).map(lambda tensor: tensor[places])
+        return _pairs(self._pieces(files, file_rows), [*_IDS, *_TEACHER]).map(
+            lambda tensor: tensor[places]
+        )
 
     def _in_file_order(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The order, and in it the file and the row there of each row, all int64 [n]."""
@@ -271,7 +304,10 @@ class TokenStore:
     def _pieces(self, files: np.ndarray, file_rows: np.ndarray) -> list[tuple[_File, np.ndarray]]:
         """Rows in file order as a list of (file, rows there)."""
         edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
-        return [(self._files[int(files[start])], file_rows[start:stop]) for start, stop in itertools.pairwise(edges)]
+        return [
+            (self._files[int(files[start])], file_rows[start:stop])
+            for start, stop in itertools.pairwise(edges)
+        ]
 
     def _side(self, pieces: Sequence[tuple[_Ragged, np.ndarray]], size: int) -> Side:
         """Micro-batches of `size` rows, longest rows first."""

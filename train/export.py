@@ -17,7 +17,8 @@ def export(
     max_tokens: int,
     card: str,
 ) -> None:
-    """Write weights (safetensors, float32), tokenizer, pooling, normalisation, prompts and model card.
+    """Write weights (safetensors, float32), tokenizer, pooling, normalisation, prompts and model
+    card.
 
     The student stays as and where it is, so it can go on learning.
 
@@ -36,7 +37,10 @@ def export(
         drop_pooler(transformer.auto_model)  # loading made one up again, from random numbers
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=model.pooling)
         student = SentenceTransformer(
-            modules=[transformer, pooling, Normalize()], prompts=prompts, similarity_fn_name="cosine", device="cpu"
+            modules=[transformer, pooling, Normalize()],
+            prompts=prompts,
+            similarity_fn_name="cosine",
+            device="cpu",
         )
         student.save_pretrained(str(folder), create_model_card=False, safe_serialization=True)
     (folder / "README.md").write_text(card, encoding="utf-8")

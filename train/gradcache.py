@@ -1,8 +1,10 @@
-"""The contrastive step's gradient: exact for the whole global batch, in the memory of a micro-batch.
+"""The contrastive step's gradient: exact for the whole global batch, in the memory of a
+micro-batch.
 
-GradCache (Gao et al. 2021, arXiv 2101.06983): encode every micro-batch without a graph, take the loss and
-its gradient at the embeddings, then encode each micro-batch again with a graph and push that gradient
-through it. With one micro-batch a side the plain way is the same and costs one pass less.
+GradCache (Gao et al. 2021, arXiv 2101.06983): encode every micro-batch without a graph, take the
+loss and its gradient at the embeddings, then encode each micro-batch again with a graph and push
+that gradient through it. With one micro-batch a side the plain way is the same and costs one pass
+less.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from train.loss import LossConfig, LossOutput, Pairs, contrast
 
 
 class Learner(Protocol):
-    """What the step asks of an engine: gradients add up over `backward` calls until its own step."""
+    """What the step asks of an engine: gradients add up over `backward` calls until its own
+    step.
+    """
 
     clock: Clock
 
@@ -32,8 +36,8 @@ class Learner(Protocol):
 def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) -> Tensor:
     """Add the gradient of the global batch's loss to the learner.
 
-    A rank adds W times its share, W the number of ranks, so that the learner's mean over ranks is the
-    gradient of the mean loss over all B queries.
+    A rank adds W times its share, W the number of ranks, so that the learner's mean over ranks is
+    the gradient of the mean loss over all B queries.
 
     Returns:
         The measures over the global batch, float64 [M]; see train.loss.as_record.
@@ -50,14 +54,18 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) 
     # Dropout must fall the same way in both passes, so each micro-batch has a seed of its own.
     seeds = torch.randint(2**62, (2, max(len(side.micro_batches) for side in sides))).tolist()
     leaves = [_embed(learner, side, of_side) for side, of_side in zip(sides, seeds, strict=True)]
-    output = global_loss(leaves[0][batch.query.places], leaves[1][batch.passage.places], batch.pairs, config)
+    output = global_loss(
+        leaves[0][batch.query.places], leaves[1][batch.passage.places], batch.pairs, config
+    )
     output.loss.backward()
     learner.clock.mark("forward")
 
     for side, leaf, of_side in zip(sides, leaves, seeds, strict=True):
         assert leaf.grad is not None
         sizes = [len(input_ids) for input_ids, _ in side.micro_batches]
-        for micro_batch, gradient, seed in zip(side.micro_batches, leaf.grad.split(sizes), of_side, strict=False):
+        for micro_batch, gradient, seed in zip(
+            side.micro_batches, leaf.grad.split(sizes), of_side, strict=False
+        ):
             torch.manual_seed(seed)
             learner.backward((learner.encode(*micro_batch) * gradient).sum())
     learner.clock.mark("backward")
@@ -66,7 +74,9 @@ def accumulate_gradient(learner: Learner, batch: RankBatch, config: LossConfig) 
 
 @torch.no_grad()
 def _embed(learner: Learner, side: Side, seeds: Sequence[int]) -> Tensor:
-    """The embeddings of a side's micro-batches, one after the other, float32 [b, D], to take a gradient at."""
+    """The embeddings of a side's micro-batches, one after the other, float32 [b, D], to take a
+    gradient at.
+    """
     embedded = torch.empty(0)
     first = 0
     for micro_batch, seed in zip(side.micro_batches, seeds, strict=False):
@@ -87,7 +97,9 @@ def global_loss(query: Tensor, passage: Tensor, own: Pairs, config: LossConfig) 
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors [b, ...] of all ranks, in rank order, [N, ...]; gradients are summed over ranks."""
+    """The tensors [b, ...] of all ranks, in rank order, [N, ...]; gradients are summed over
+    ranks.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
     gathered: Tensor = _Gather.apply(tensor.contiguous())

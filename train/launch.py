@@ -1,4 +1,6 @@
-"""Training on Ray Train: ranks, failures, checkpoints in storage, and the finished model's artifact."""
+"""Training on Ray Train: ranks, failures, checkpoints in storage, and the finished model's
+artifact.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from clusterlib.artifact import Artifact, Part, Root, Spec
-from clusterlib.config import dump, plain
-from clusterlib.diagnostics import summarize
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Artifact, Part, Root, Spec
+from clusterlib.artifacts.config import dump, plain
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import STEPS, TESTS
+from clusterlib.batches.plan import BatchingConfig, Plan
+from clusterlib.batches.visits import summarize
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import STEPS, TESTS
 from train import checkpoint
 from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, shard_index
 from train.engine import Engine
@@ -53,11 +55,15 @@ class Tests(Protocol):
         ...
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        """Score an exported model: rows of schema TESTS without the step, those of MEAN among them."""
+        """Score an exported model: rows of schema TESTS without the step, those of MEAN among
+        them.
+        """
         ...
 
 
-def model_spec(config: TrainConfig, batching: BatchingConfig, shards: str, tests: Tests | None = None) -> Spec:
+def model_spec(
+    config: TrainConfig, batching: BatchingConfig, shards: str, tests: Tests | None = None
+) -> Spec:
     """What a trained model is made from; `shards` is a fingerprint."""
     settings, inputs = {"train": config, "batching": batching}, {"shards": shards}
     if config.test_every_steps and tests:
@@ -80,12 +86,13 @@ def train(
         tests: what `config.test_every_steps` asks for.
 
     Returns:
-        The `model` artifact: `export/`, a sentence-transformers folder, and the tables `steps` and, where there
+        The `model` artifact: `export/`, a sentence-transformers folder, and the tables `steps` and,
+            where there
         are tests in the loop, `tests`.
 
     Raises:
-        StrataError: the settings do not fit the shards or each other; a rank failed in a way that would come again;
-            more workers or nodes were lost than `config.max_failures`.
+        StrataError: the settings do not fit the shards or each other; a rank failed in a way that
+            would come again; more workers or nodes were lost than `config.max_failures`.
     """
     spec = model_spec(config, batching, shards.fingerprint, tests)
     made = root.find(spec)
@@ -113,7 +120,12 @@ def train(
 
 
 def _fit(
-    config: TrainConfig, batching: BatchingConfig, shards: Artifact, draft: Draft, name: str, tests: Tests | None
+    config: TrainConfig,
+    batching: BatchingConfig,
+    shards: Artifact,
+    draft: Draft,
+    name: str,
+    tests: Tests | None,
 ) -> None:
     """Run the ranks to the end, restarting them from the latest checkpoint when one is lost."""
     trainer = ray.train.torch.TorchTrainer(
@@ -126,7 +138,9 @@ def _fit(
             "name": name,
             "tests": tests,
         },
-        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu
+        ),
         run_config=ray.train.RunConfig(
             # The same name and path make Ray Train go on from the latest checkpoint it finds there.
             name=_CHECKPOINTS,
@@ -143,16 +157,20 @@ def _fit(
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, StrataError):
             raise error.controller_failure from None
-        raise StrataError(f"train {name}: Ray Train could not run: {_first_line(error.controller_failure)}") from error
+        raise StrataError(
+            f"train {name}: Ray Train could not run: {_first_line(error.controller_failure)}"
+        ) from error
     except ray.train.WorkerGroupError as error:
         raise StrataError(
             f"train {name}: gave up after {config.max_failures} new starts (train.max_failures); "
-            f"{_describe(error.worker_failures)}. The same command goes on from the latest checkpoint"
+            f"{_describe(error.worker_failures)}. The same command goes on from the latest "
+            "checkpoint"
         ) from error
 
 
 class _Failures(ray.train.UserCallback):
-    """Ends the run when a rank failed in a way that would come again; by itself, Ray Train tries all failures again.
+    """Ends the run when a rank failed in a way that would come again; by itself, Ray Train tries
+    all failures again.
 
     It lives in Ray Train's controller, which takes down the ranks that wait for the failed one.
     """
@@ -165,12 +183,15 @@ class _Failures(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, StrataError):
-                raise ray.train.ControllerError(error)  # of all errors, the one that is neither retried nor logged
+                raise ray.train.ControllerError(
+                    error
+                )  # of all errors, the one that is neither retried nor logged
         self._num_failures += 1
         if self._num_failures <= self._max_failures:
             print(
-                f"train {self._name}: {_describe(worker_exceptions)}; starting again from the latest checkpoint, "
-                f"{self._num_failures} of {self._max_failures} times (train.max_failures)",
+                f"train {self._name}: {_describe(worker_exceptions)}; starting again from the "
+                f"latest checkpoint, {self._num_failures} of {self._max_failures} times "
+                "(train.max_failures)",
                 flush=True,
             )
 
@@ -178,7 +199,9 @@ class _Failures(ray.train.UserCallback):
 def _describe(failures: Mapping[int, Exception]) -> str:
     """What happened to the first rank that was lost; where none was, to the first that failed."""
     rank = min(failures, key=lambda rank: (not _is_lost(failures[rank]), rank))
-    return f"rank {rank} " + ("was lost" if _is_lost(failures[rank]) else f"failed: {_first_line(failures[rank])}")
+    return f"rank {rank} " + (
+        "was lost" if _is_lost(failures[rank]) else f"failed: {_first_line(failures[rank])}"
+    )
 
 
 def _is_lost(error: Exception) -> bool:
@@ -186,21 +209,31 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'it says no more')}"
+    return (
+        f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'it says no more')}"
+    )
 
 
 def will_come_again(error: BaseException) -> bool:
     """Whether a new start would end in the same error: bad input, a bug, too little memory.
 
-    Others come of machines: another rank that is lost, storage that cannot be reached, a GPU that fails.
+    Others come of machines: another rank that is lost, storage that cannot be reached, a GPU that
+        fails.
     """
     if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return True
-    if isinstance(error, (OSError, ray.exceptions.RayError, torch.AcceleratorError, dist.DistError)):
+    if isinstance(
+        error, (OSError, ray.exceptions.RayError, torch.AcceleratorError, dist.DistError)
+    ):
         return False
     # Where gloo cannot reach a rank it raises a RuntimeError like any other; only the place tells.
-    places = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return not (isinstance(error, RuntimeError) and any(place.startswith("torch.distributed.") for place in places))
+    places = (
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    return not (
+        isinstance(error, RuntimeError)
+        and any(place.startswith("torch.distributed.") for place in places)
+    )
 
 
 def _worker(settings: Mapping[str, Any]) -> None:
@@ -222,8 +255,14 @@ def _worker(settings: Mapping[str, Any]) -> None:
             raise
         draft: Draft = settings["draft"]
         rank = ray.train.get_context().get_world_rank()
-        part = draft.write_bytes("errors", f"errors/rank-{rank}.txt", traceback.format_exc().encode())
-        remedy = "; lower train.micro_batch_size, which changes no result" if _is_out_of_memory(error) else ""
+        part = draft.write_bytes(
+            "errors", f"errors/rank-{rank}.txt", traceback.format_exc().encode()
+        )
+        remedy = (
+            "; lower train.micro_batch_size, which changes no result"
+            if _is_out_of_memory(error)
+            else ""
+        )
         raise StrataError(
             f"train {settings['name']}: rank {rank} failed: {_first_line(error)}{remedy}; "
             f"its traceback is in {draft.path}/{part.path}"
@@ -232,7 +271,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU torch has no type of its own for it.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (MemoryError, torch.OutOfMemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def _learn(settings: Mapping[str, Any]) -> None:
@@ -263,7 +304,12 @@ def _learn(settings: Mapping[str, Any]) -> None:
     )
     engine = Engine(
         build_student(
-            config.student, tokenizer, _max_tokens(shards), config.seed, config.gradient_checkpointing, config.compile
+            config.student,
+            tokenizer,
+            _max_tokens(shards),
+            config.seed,
+            config.gradient_checkpointing,
+            config.compile,
         ).to(device),
         config.optimizer,
         config.precision,
@@ -271,7 +317,9 @@ def _learn(settings: Mapping[str, Any]) -> None:
         batching.global_batch_size // config.num_workers,
     )
     # Not the one Ray Train remembers: that may be damaged, and then the one before it still serves.
-    found = [checkpoint.latest(draft.root.fs, f"{draft.path}/{_CHECKPOINTS}") if rank == 0 else None]
+    found = [
+        checkpoint.latest(draft.root.fs, f"{draft.path}/{_CHECKPOINTS}") if rank == 0 else None
+    ]
     dist.broadcast_object_list(found)
     progress = Progress()
     if found[0] is not None:
@@ -289,10 +337,14 @@ def _learn(settings: Mapping[str, Any]) -> None:
         if rank == 0:
             with tempfile.TemporaryDirectory() as folder:
                 _export(draft, shards, engine, tokenizer, plan, progress.step, Path(folder))
-                progress.tests += [{"step": progress.step, **row} for row in tests(Path(folder), str(device))]
+                progress.tests += [
+                    {"step": progress.step, **row} for row in tests(Path(folder), str(device))
+                ]
             if config.keep == "best" and progress.step == progress.best_step:
                 weights = engine.model.state_dict().items()
-                progress.best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights}
+                progress.best = {
+                    name: weight.detach().to("cpu", copy=True) for name, weight in weights
+                }
             log.on_test(progress)
         # Not the process group's: a long test would be taken for a rank that hangs.
         ray.train.collective.barrier()
@@ -303,12 +355,24 @@ def _learn(settings: Mapping[str, Any]) -> None:
             ray.train.report(
                 {"step": progress.step},
                 checkpoint=ray.train.Checkpoint.from_directory(folder) if rank == 0 else None,
-                # A name is used once: Ray Train keeps count of a damaged one of the same step and deletes it later.
+                # A name is used once: Ray Train keeps count of a damaged one of the same step and
+                # deletes it later.
                 checkpoint_dir_name=f"step-{progress.step:09d}-{time.time_ns()}",
             )
 
     checkpoints = f"{draft.path}/{_CHECKPOINTS}"
-    fit(engine, plan, store, config, progress, miner, log.on_step, on_checkpoint, on_test, checkpoints)
+    fit(
+        engine,
+        plan,
+        store,
+        config,
+        progress,
+        miner,
+        log.on_step,
+        on_checkpoint,
+        on_test,
+        checkpoints,
+    )
     miner.forget()
     if rank == 0:
         _finish(draft, shards, engine, tokenizer, plan, progress)
@@ -316,8 +380,12 @@ def _learn(settings: Mapping[str, Any]) -> None:
             tracker.close()
 
 
-def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress) -> None:
-    """Write the exported model and the records of all steps and tests, then the receipt that says so."""
+def _finish(
+    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
+) -> None:
+    """Write the exported model and the records of all steps and tests, then the receipt that says
+    so.
+    """
     kept_step = progress.step
     if progress.best:
         kept_step = progress.best_step
@@ -325,9 +393,15 @@ def _finish(draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan
     with tempfile.TemporaryDirectory() as folder:
         _export(draft, shards, engine, tokenizer, plan, kept_step, Path(folder))
         parts: list[Part] = draft.write_folder(EXPORT, Path(folder))
-    parts.append(draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)]))
+    parts.append(
+        draft.write("steps", "steps", STEPS, [pa.Table.from_pylist(progress.records, schema=STEPS)])
+    )
     if progress.tests:
-        parts.append(draft.write("tests", "tests", TESTS, [pa.Table.from_pylist(progress.tests, schema=TESTS)]))
+        parts.append(
+            draft.write(
+                "tests", "tests", TESTS, [pa.Table.from_pylist(progress.tests, schema=TESTS)]
+            )
+        )
     stats = {
         "num_steps": progress.step,
         "num_skipped_steps": progress.num_skipped,
@@ -349,12 +423,25 @@ def teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]
 
 
 def _export(
-    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, step: int, folder: Path
+    draft: Draft,
+    shards: Artifact,
+    engine: Engine,
+    tokenizer: Any,
+    plan: Plan,
+    step: int,
+    folder: Path,
 ) -> None:
     """Write the student as it is after `step`."""
     tokens = shards.config["shard"]
     prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
-    export(engine.model, tokenizer, folder, prompts, _max_tokens(shards), _card(draft, shards, plan, step))
+    export(
+        engine.model,
+        tokenizer,
+        folder,
+        prompts,
+        _max_tokens(shards),
+        _card(draft, shards, plan, step),
+    )
 
 
 def _max_tokens(shards: Artifact) -> int:
@@ -373,13 +460,13 @@ def _card(draft: Draft, shards: Artifact, plan: Plan, step: int) -> str:
     strategies = ", then ".join(f"`{phase.settings.title}`" for phase in plan.phases)
     return (
         f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
-        f"Trained by Strata on {plan.num_rows} pairs of {', '.join(shards.stats['num_rows_by_source'])} "
-        f"({shards.name}), with in-batch negatives chosen by the strategy {strategies} "
-        f"(arXiv 2407.18887). These are its weights after step {step:,}.\n\n"
-        f"```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        f"Trained by Strata on {plan.num_rows} pairs of "
+        f"{', '.join(shards.stats['num_rows_by_source'])} ({shards.name}), with in-batch negatives "
+        f"chosen by the strategy {strategies} (arXiv 2407.18887). These are its weights after step "
+        f"{step:,}.\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'model = SentenceTransformer("path/to/this/folder")\n'
-        f"similarity = model.similarity(model.encode_query([query]), model.encode_document(passages))\n```\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n"
+        "similarity = model.similarity(model.encode_query([query]), "
+        f"model.encode_document(passages))\n```\n\n## Recipe\n\n```yaml\n{recipe}```\n"
     )
 
 
@@ -387,7 +474,13 @@ class _Log:
     """A progress line on rank 0 every few seconds, and every measure to its trackers."""
 
     def __init__(
-        self, name: str, plan: Plan, num_steps: int, progress: Progress, rank: int, trackers: Sequence[Tracker]
+        self,
+        name: str,
+        plan: Plan,
+        num_steps: int,
+        progress: Progress,
+        rank: int,
+        trackers: Sequence[Tracker],
     ) -> None:
         self._num_steps = num_steps
         self._batch_size = plan.config.global_batch_size
@@ -399,10 +492,14 @@ class _Log:
         if self._loud:
             resumed = f", continued at step {progress.step}" if progress.step else ""
             phases = "; then ".join(
-                f"{phase.settings.title}: {phase.num_batches} batches an epoch, {len(phase.strata)} strata"
+                f"{phase.settings.title}: {phase.num_batches} batches an epoch, "
+                f"{len(phase.strata)} strata"
                 for phase in plan.phases
             )
-            print(f"train {name}: {phases}, {num_steps} steps of {self._batch_size} pairs{resumed}", flush=True)
+            print(
+                f"train {name}: {phases}, {num_steps} steps of {self._batch_size} pairs{resumed}",
+                flush=True,
+            )
 
     def on_step(self, progress: Progress) -> None:
         self._track(progress.step, _scalars(progress.records[-1], self._batch_size))
@@ -410,8 +507,9 @@ class _Log:
         last = progress.records[-1]
         if self._loud and last["skipped"]:
             print(
-                f"train step {progress.step}/{self._num_steps} skipped: its gradient is not finite (loss "
-                f"{last['loss']:.3f}, stratum {last['stratum']}); {progress.num_skipped} skipped so far",
+                f"train step {progress.step}/{self._num_steps} skipped: its gradient is not finite "
+                f"(loss {last['loss']:.3f}, stratum {last['stratum']}); {progress.num_skipped} "
+                "skipped so far",
                 flush=True,
             )
         if not self._loud or (now < self._next and progress.step < self._num_steps):
@@ -420,18 +518,22 @@ class _Log:
         rate = (progress.step - self._first) / (now - self._since)
         left = (self._num_steps - progress.step) / rate
         print(
-            f"train step {progress.step}/{self._num_steps} loss {last['loss']:.3f} accuracy {last['accuracy']:.3f} "
-            f"hardness {last['hardness']:.3f} {rate * self._batch_size:.0f} pairs/s {left:.0f} s left",
+            f"train step {progress.step}/{self._num_steps} loss {last['loss']:.3f} accuracy "
+            f"{last['accuracy']:.3f} hardness {last['hardness']:.3f} {rate * self._batch_size:.0f} "
+            f"pairs/s {left:.0f} s left",
             flush=True,
         )
 
     def on_test(self, progress: Progress) -> None:
         rows = [row for row in progress.tests if row["step"] == progress.step]
-        self._track(progress.step, {f"test/{row['task']}/{row['metric']}": row["value"] for row in rows})
+        self._track(
+            progress.step, {f"test/{row['task']}/{row['metric']}": row["value"] for row in rows}
+        )
         means = progress.means()
         print(
-            f"train step {progress.step}/{self._num_steps} tests: mean NDCG@10 {means[progress.step]:.4f}, "
-            f"best {means[progress.best_step]:.4f} at step {progress.best_step}",
+            f"train step {progress.step}/{self._num_steps} tests: mean NDCG@10 "
+            f"{means[progress.step]:.4f}, best {means[progress.best_step]:.4f} at step "
+            f"{progress.best_step}",
             flush=True,
         )
 
@@ -442,5 +544,7 @@ class _Log:
 
 def _scalars(record: Mapping[str, Any], batch_size: int) -> dict[str, float]:
     """What trackers show of a record of schema STEPS."""
-    measures = {f"train/{name}": value for name, value in record.items() if isinstance(value, float)}
+    measures = {
+        f"train/{name}": value for name, value in record.items() if isinstance(value, float)
+    }
     return {**measures, "train/pairs_per_second": batch_size / record["step_seconds"]}

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from clusterlib.config import Config, runtime
+from clusterlib.artifacts.config import Config, runtime
+from clusterlib.artifacts.tables import MEAN
+from clusterlib.batches.plan import Mining, Plan
 from clusterlib.errors import StrataError
-from clusterlib.plan import Mining, Plan
-from clusterlib.tables import MEAN
 from train.data import TokenStore
 from train.engine import Engine, OptimizerConfig
 from train.gradcache import accumulate_gradient
@@ -38,51 +38,72 @@ class TrainConfig(Config):
         None, gt=0, description="epochs of the plan; with phases, their number of epochs added up"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the encoder's arithmetic; weights, similarities and the loss are float32"
+        "fp32",
+        description="of the encoder's arithmetic; weights, similarities and the loss are float32",
     )
-    seed: int = Field(0, ge=0, description="of initial weights and dropout; batching.seed is the plan's")
+    seed: int = Field(
+        0, ge=0, description="of initial weights and dropout; batching.seed is the plan's"
+    )
     test_every_steps: int | None = Field(
         None,
         ge=1,
-        description="score the student on the tests and tasks of `evaluate` this often, and after the last step; "
+        description="score the student on the tests and tasks of `evaluate` this often, and after "
+        "the last step; "
         "rank 0 does it while the others wait. By default never",
     )
     keep: Literal["last", "best"] = Field(
         "last",
-        description="which weights become the model: those after the last step, or those with the best mean NDCG@10 "
+        description="which weights become the model: those after the last step, or those with the "
+        "best mean NDCG@10 "
         "of the tests in the loop",
     )
 
-    num_workers: int = runtime(1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs")
+    num_workers: int = runtime(
+        1, ge=1, description="ranks; each takes one GPU, or one CPU without GPUs"
+    )
     use_gpu: bool = runtime(False, description="ranks need a GPU each; NCCL instead of gloo")
     zero_stage: Literal[0, 1, 2] = runtime(0, description="ZeRO stage (arXiv 1910.02054)")
-    micro_batch_size: int = runtime(64, ge=1, description="rows a rank encodes at once; bounds memory")
+    micro_batch_size: int = runtime(
+        64, ge=1, description="rows a rank encodes at once; bounds memory"
+    )
     gradient_checkpointing: bool = runtime(
-        False, description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in less memory"
+        False,
+        description="keep only layers' inputs for the backward pass (arXiv 1604.06174): longer, in "
+        "less memory",
     )
     compile: bool = runtime(
         False,
-        description="compile the encoder with torch.compile: a minute or more at the start. On a CPU core a step took "
+        description="compile the encoder with torch.compile: a minute or more at the start. On a "
+        "CPU core a step took "
         "16% longer with it (tests/benchmarks/RESULTS.md); not measured on a GPU",
     )
     checkpoint_every_steps: int = runtime(500, ge=1)
-    checkpoints_to_keep: int = runtime(2, ge=2, description="the latest; a damaged one gives way to the one before")
+    checkpoints_to_keep: int = runtime(
+        2, ge=2, description="the latest; a damaged one gives way to the one before"
+    )
     max_failures: int = runtime(
         3,
         ge=0,
-        description="how often ranks are started again after a worker, a node or the storage was lost; an error that "
+        description="how often ranks are started again after a worker, a node or the storage was "
+        "lost; an error that "
         "would come again ends the run at once",
     )
     max_skipped_steps: int = runtime(
         10,
         ge=1,
-        description="steps in a row after which the run gives up, where each has a gradient that is not finite; such a "
+        description="steps in a row after which the run gives up, where each has a gradient that "
+        "is not finite; such a "
         "step changes no weight, is recorded as skipped and counts as a step of the plan",
     )
-    cache_dir: str = runtime("~/.cache/strata/tokens", description="folder for tokens on each node's own disk")
-    trackers: list[TrackerName] = runtime([], description="where rank 0 sends what each step and test measures")
+    cache_dir: str = runtime(
+        "~/.cache/strata/tokens", description="folder for tokens on each node's own disk"
+    )
+    trackers: list[TrackerName] = runtime(
+        [], description="where rank 0 sends what each step and test measures"
+    )
     tensorboard_dir: str = runtime(
-        "~/.cache/strata/tensorboard", description="folder on rank 0's node for event files, in one of each run"
+        "~/.cache/strata/tensorboard",
+        description="folder on rank 0's node for event files, in one of each run",
     )
 
     @field_validator("zero_stage", mode="before")
@@ -90,8 +111,8 @@ class TrainConfig(Config):
     def _gathers_nothing(cls, stage: Any) -> Any:
         if stage in (3, "3"):
             raise ValueError(
-                "3 would gather all weights for each micro-batch's two passes, to spare memory that an encoder's "
-                "weights do not need; set 2 or less"
+                "3 would gather all weights for each micro-batch's two passes, to spare memory "
+                "that an encoder's weights do not need; set 2 or less"
             )
         return stage
 
@@ -100,7 +121,9 @@ class TrainConfig(Config):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set exactly one of steps and epochs")
         if self.keep == "best" and self.test_every_steps is None:
-            raise ValueError("keep=best needs tests in the loop to tell the best by; set test_every_steps")
+            raise ValueError(
+                "keep=best needs tests in the loop to tell the best by; set test_every_steps"
+            )
         return self
 
     def num_steps(self, plan: Plan) -> int:
@@ -133,7 +156,9 @@ class Progress:
     @property
     def num_skipped_last(self) -> int:
         """Of them, those in a row at the end."""
-        return sum(1 for _ in itertools.takewhile(lambda record: record["skipped"], reversed(self.records)))
+        return sum(
+            1 for _ in itertools.takewhile(lambda record: record["skipped"], reversed(self.records))
+        )
 
     def means(self) -> dict[int, float]:
         """Mean NDCG@10 over the tasks, by the step of the test."""
@@ -164,19 +189,24 @@ def fit(
     Args:
         mine: gives the table of neighbours for a step; see train.mine.Miner.
         on_step: called on every rank after each step.
-        on_checkpoint: called on every rank when a checkpoint is due, and after the last step; a skipped step has
-            none, for the weights may be what is wrong.
-        on_test: called on every rank when a test is due, before the checkpoint that is to hold its scores.
+        on_checkpoint: called on every rank when a checkpoint is due, and after the last step; a
+            skipped step has none, for the weights may be what is wrong.
+        on_test: called on every rank when a test is due, before the checkpoint that is to hold its
+            scores.
         checkpoints: where they are, for people.
 
     Raises:
-        StrataError: on every rank, when `config.max_skipped_steps` in a row had a gradient that is not finite.
+        StrataError: on every rank, when `config.max_skipped_steps` in a row had a gradient that is
+            not finite.
     """
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_steps = config.num_steps(plan)
     mining: Mining | None = None
     neighbors: np.ndarray | None = None
-    saved, good = progress.step, 0  # steps of checkpoints: the latest, and that whose weights are known to work
+    saved, good = (
+        progress.step,
+        0,
+    )  # steps of checkpoints: the latest, and that whose weights are known to work
     for step in range(progress.step, num_steps):
         started = time.perf_counter()
         engine.clock.start()
@@ -189,7 +219,9 @@ def fit(
         engine.clock.mark("data")
 
         # Dropout depends on the step alone, so a resumed run needs no generator state.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
+        torch.manual_seed(
+            int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0])
+        )
         measures = accumulate_gradient(engine, batch, config.loss)
         learning_rate = config.optimizer.rate(step, num_steps)
         gradient_norm = engine.step(learning_rate)
@@ -215,8 +247,9 @@ def fit(
         if skipped >= config.max_skipped_steps:
             last_good = f"step {good} in {checkpoints}" if good else "none"
             raise StrataError(
-                f"train step {progress.step}, stratum {planned.label}: the gradient is not finite, {skipped} times in "
-                f"a row (train.max_skipped_steps); last good checkpoint: {last_good}. The same settings would end here "
+                f"train step {progress.step}, stratum {planned.label}: the gradient is not finite, "
+                f"{skipped} times in a row (train.max_skipped_steps); last good checkpoint: "
+                f"{last_good}. The same settings would end here "
                 "again: lower train.optimizer.learning_rate, or look for what is odd in these pairs"
             )
         is_last = progress.step == num_steps

@@ -1,11 +1,11 @@
 """InfoNCE over the pairs of all ranks, with masks, and what it says about a batch.
 
-Scores are computed a block of rows at a time, gradients with them, so that memory grows with the embeddings
-and not with the square of the batch.
+Scores are computed a block of rows at a time, gradients with them, so that memory grows with the
+embeddings and not with the square of the batch.
 
-B pairs make a global batch, b of them on each rank; rows are a rank's b queries (or passages), columns the
-N passages (or queries) gathered from all ranks; r rows make a block; D is the embedding width, E the
-teacher's.
+B pairs make a global batch, b of them on each rank; rows are a rank's b queries (or passages),
+columns the N passages (or queries) gathered from all ranks; r rows make a block; D is the embedding
+width, E the teacher's.
 """
 
 from __future__ import annotations
@@ -20,33 +20,42 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterlib.config import Config
+from clusterlib.artifacts.config import Config
+from clusterlib.artifacts.tables import SIMILARITY_BINS
 from clusterlib.errors import StrataError
-from clusterlib.tables import SIMILARITY_BINS
 
-_BLOCK_SCORES = 2**20  # scores in memory at once; float32, so 4 MiB for each of a few intermediate results
+_BLOCK_SCORES = (
+    2**20
+)  # scores in memory at once; float32, so 4 MiB for each of a few intermediate results
 _HARDEST = 10  # hardness is the mean similarity of this many most similar negatives
 
 
 class LossConfig(Config):
     """The contrastive loss."""
 
-    temperature: float = Field(0.02, gt=0, description="divides similarities; arXiv 2407.18887 uses 0.02")
+    temperature: float = Field(
+        0.02, gt=0, description="divides similarities; arXiv 2407.18887 uses 0.02"
+    )
     bidirectional: bool = Field(
-        False, description="also tell each passage's query from the other queries; the loss is the mean of the two"
+        False,
+        description="also tell each passage's query from the other queries; the loss is the mean "
+        "of the two",
     )
     matryoshka_dims: tuple[PositiveInt, ...] = Field(
         (),
-        description="lengths of prefixes of the embedding that shall serve alone; the loss is the mean over them and "
+        description="lengths of prefixes of the embedding that shall serve alone; the loss is the "
+        "mean over them and "
         "the whole embedding (arXiv 2205.13147)",
     )
     teacher_margin: float | None = Field(
         None,
         ge=-2,
         le=2,
-        description="a negative is masked if its teacher similarity to the query is at least the positive's minus "
-        "this. 0 is CDE's rule (arXiv 2410.02525), which moves the bound up by a negative value; a positive value is "
-        "NV-Retriever's TopK-MarginPos (arXiv 2407.15831; 0.05 there). Needs shard.teacher_vectors",
+        description="a negative is masked if its teacher similarity to the query is at least the "
+        "positive's minus "
+        "this. 0 is CDE's rule (arXiv 2410.02525), which moves the bound up by a negative value; a "
+        "positive value is NV-Retriever's TopK-MarginPos (arXiv 2407.15831; 0.05 there). Needs "
+        "shard.teacher_vectors",
     )
 
     def check_width(self, width: int) -> None:
@@ -57,8 +66,8 @@ class LossConfig(Config):
         """
         if max(self.matryoshka_dims, default=0) > width:
             raise StrataError(
-                f"train.loss.matryoshka_dims={list(self.matryoshka_dims)}: the student's embedding has {width} "
-                f"dimensions; name none above that"
+                f"train.loss.matryoshka_dims={list(self.matryoshka_dims)}: the student's embedding "
+                f"has {width} dimensions; name none above that"
             )
 
 
@@ -78,7 +87,10 @@ class Pairs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
         """The pairs with `change` applied to every tensor."""
-        teacher = (None if tensor is None else change(tensor) for tensor in (self.teacher_query, self.teacher_passage))
+        teacher = (
+            None if tensor is None else change(tensor)
+            for tensor in (self.teacher_query, self.teacher_passage)
+        )
         return Pairs(change(self.query_id), change(self.passage_id), *teacher)
 
     def teacher(self) -> tuple[Tensor, Tensor]:
@@ -87,17 +99,21 @@ class Pairs:
         return self.teacher_query.float(), self.teacher_passage.float()
 
 
-# A block of rows -> columns that are no negatives of them, bool [r, N]: by id, and by the teacher alone. A
-# row's own positive may be among them.
+# A block of rows -> columns that are no negatives of them, bool [r, N]: by id, and by the teacher
+# alone. A row's own positive may be among them.
 Masks = Callable[[slice], tuple[Tensor, Tensor]]
 
 
-def false_negatives(own: Pairs, everyone: Pairs, teacher_margin: float | None, by_passage: bool = False) -> Masks:
+def false_negatives(
+    own: Pairs, everyone: Pairs, teacher_margin: float | None, by_passage: bool = False
+) -> Masks:
     """Which pairings of a query with a passage must not count as negatives.
 
-    By id: the passage equals the query's positive, or another pair joins the two. By the teacher: see
+    By id: the passage equals the query's positive, or another pair joins the two. By the teacher:
+        see
     `LossConfig.teacher_margin`. What a query and a passage are to each other does not depend on the
-    direction, so with `by_passage`, where rows are passages and columns queries, it is the same pairings.
+    direction, so with `by_passage`, where rows are passages and columns queries, it is the same
+    pairings.
 
     Args:
         own: this rank's b pairs.
@@ -107,7 +123,9 @@ def false_negatives(own: Pairs, everyone: Pairs, teacher_margin: float | None, b
         (own_query, own_passage), (all_query, all_passage) = own.teacher(), everyone.teacher()
         if by_passage:
             row_vectors, column_vectors = own_passage, all_query
-            of_positive = (all_query * all_passage).sum(dim=1)  # the bound is the query's, whatever the direction
+            of_positive = (all_query * all_passage).sum(
+                dim=1
+            )  # the bound is the query's, whatever the direction
         else:
             row_vectors, column_vectors = own_query, all_passage
             of_positive = (own_query * own_passage).sum(dim=1, keepdim=True)
@@ -172,15 +190,21 @@ def contrast(
 
     Args:
         query, passage: float32 [b, D], unit norm, of this rank's pairs `own`.
-        all_query, all_passage: float32 [N, D], unit norm, of all pairs `everyone`; the queries are needed
-            for both directions only.
+        all_query, all_passage: float32 [N, D], unit norm, of all pairs `everyone`; the queries are
+            needed for both directions only.
         first: the row of `everyone` where `own` begins.
     """
     positive = torch.arange(first, first + len(query), device=query.device)
     directions = [(query, all_passage, false_negatives(own, everyone, config.teacher_margin))]
     if config.bidirectional:
         assert all_query is not None
-        directions.append((passage, all_query, false_negatives(own, everyone, config.teacher_margin, by_passage=True)))
+        directions.append(
+            (
+                passage,
+                all_query,
+                false_negatives(own, everyone, config.teacher_margin, by_passage=True),
+            )
+        )
     whole = query.shape[1]
     outputs = [
         info_nce(_prefix(rows, width), _prefix(columns, width), positive, masks, config.temperature)
@@ -197,7 +221,9 @@ def _prefix(vectors: Tensor, width: int) -> Tensor:
     return vectors if width == vectors.shape[1] else F.normalize(vectors[:, :width], dim=-1)
 
 
-def info_nce(rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float) -> LossOutput:
+def info_nce(
+    rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float
+) -> LossOutput:
     """Mean over rows of -log softmax(similarity / temperature)[positive] (van den Oord et al. 2018,
     arXiv 1807.03748, eq. 4).
 
@@ -211,15 +237,17 @@ def info_nce(rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temp
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Loss and measures; the gradients are made with the loss, while a block's scores are at hand (as Liger
-    Kernel does for the cross-entropy of language models, arXiv 2410.10989)."""
+    """Loss and measures; the gradients are made with the loss, while a block's scores are at hand
+    (as Liger Kernel does for the cross-entropy of language models, arXiv 2410.10989)."""
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float
     ) -> tuple[Tensor, Tensor]:
         of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
-        sums = torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS, dtype=torch.float64, device=rows.device)
+        sums = torch.zeros(
+            len(MEASURES) + 2 * SIMILARITY_BINS, dtype=torch.float64, device=rows.device
+        )
         size = max(1, _BLOCK_SCORES // len(columns))
         for start in range(0, len(rows), size):
             block = slice(start, start + size)
@@ -249,15 +277,17 @@ class _InfoNCE(torch.autograd.Function):
         return of_rows.mul_(scale), of_columns.mul_(scale), None, None, None
 
 
-def _measures(losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, by_teacher: Tensor) -> Tensor:
+def _measures(
+    losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, by_teacher: Tensor
+) -> Tensor:
     """Sums over a block's rows, float64 [M].
 
     Args:
         losses: [r, 1].
         similarity: float32 [r, N]; it is overwritten.
         at: int64 [r, 1], the positives' columns.
-        excluded: bool [r, N], masked columns without the positives; by_teacher: those of the teacher, perhaps
-            with the positive.
+        excluded: bool [r, N], masked columns without the positives; by_teacher: those of the
+            teacher, perhaps with the positive.
     """
     num_columns = similarity.shape[1]
     of_positive = similarity.gather(1, at)
@@ -270,7 +300,9 @@ def _measures(losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, 
     histograms = [_histogram(of_positive), _histogram(negatives)]
     correct = (of_positive > hardest[:, :1]).sum()
     # Masked columns are -inf up to here, where sums need zeros.
-    mean_negative = negatives.masked_fill_(negatives.isinf(), 0).sum(dim=1) / num_negatives.clamp(min=1)
+    mean_negative = negatives.masked_fill_(negatives.isinf(), 0).sum(dim=1) / num_negatives.clamp(
+        min=1
+    )
     mean_hardest = hardest.masked_fill(hardest.isinf(), 0).sum(dim=1) / num_hardest.clamp(min=1)
     scalars = [
         losses.double().sum(),
@@ -285,6 +317,6 @@ def _measures(losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, 
 
 
 def _histogram(similarity: Tensor) -> Tensor:
-    """How many similarities lie in each of SIMILARITY_BINS equal bins from -1 to 1, with room for rounding;
-    infinite ones are ignored."""
+    """How many similarities lie in each of SIMILARITY_BINS equal bins from -1 to 1, with room for
+    rounding; infinite ones are ignored."""
     return torch.histc(similarity.float(), SIMILARITY_BINS, min=-1.000001, max=1.000001).double()

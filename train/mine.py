@@ -1,7 +1,8 @@
-"""Mining neighbours: exact search inside clusters, shared out over ranks, with the teacher's or the student's vectors.
+"""Mining neighbours: exact search inside clusters, shared out over ranks, with the teacher's or the
+student's vectors.
 
-A finished table lies in storage in the run's draft, where a run that is continued finds it, and on each node
-as a file that all its ranks map.
+A finished table lies in storage in the run's draft, where a run that is continued finds it, and on
+each node as a file that all its ranks map.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clusterlib.artifact import Part
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Part
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import fixed_size_list, neighbors_schema, vectors
+from clusterlib.batches.blocks import Stratum
+from clusterlib.batches.neighbors import NOBODY, NeighborsConfig
+from clusterlib.batches.plan import Mining, Plan
 from clusterlib.errors import StrataError
-from clusterlib.neighbors import NOBODY, NeighborsConfig
-from clusterlib.plan import Mining, Plan
-from clusterlib.strata import Stratum
-from clusterlib.tables import fixed_size_list, neighbors_schema, vectors
 from train.data import TokenStore
 from train.engine import Engine
 
@@ -65,12 +66,14 @@ class Miner:
         if receipt is None:
             if mining.by_student and mining.step != step:
                 raise StrataError(
-                    f"{self.draft.path}: the neighbours that the student mined at step {mining.step} are gone; "
-                    f"delete this folder, and the run starts anew"
+                    f"{self.draft.path}: the neighbours that the student mined at step "
+                    f"{mining.step} are gone; delete this folder, and the run starts anew"
                 )
             receipt = self._mine(mining, name)
         # By content: what an earlier try at this run left on a node may be of other weights.
-        digest = hashlib.sha256("".join(part.sha256 for part in receipt.parts).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(
+            "".join(part.sha256 for part in receipt.parts).encode()
+        ).hexdigest()[:12]
         path = self.cache_dir.expanduser() / f"{self.draft.spec.fingerprint}-{name}-{digest}.npy"
         if self.writes_cache:
             self._copy(receipt, path)
@@ -78,7 +81,9 @@ class Miner:
         return np.load(path, mmap_mode="r")
 
     def _mine(self, mining: Mining, name: str) -> Receipt:
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, num_ranks = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         config = self.plan.config.neighbors
         clusters = share(self.plan.phases[mining.phase].searched, num_ranks)[rank]
         schema = neighbors_schema(config.num_ranks)
@@ -87,7 +92,9 @@ class Miner:
             f"{mining.step:09d}-{rank:04d}",
             schema,
             (
-                pa.Table.from_arrays([fixed_size_list(self._search(cluster, mining, config))], schema=schema)
+                pa.Table.from_arrays(
+                    [fixed_size_list(self._search(cluster, mining, config))], schema=schema
+                )
                 for cluster in clusters
                 if cluster.num_rows
             ),
@@ -116,7 +123,9 @@ class Miner:
             batch = self.store.read(rows[first : first + _READ_ROWS], 0, 1, self.micro_batch_size)
             batch = batch.to(self.engine.device)
             for number, side in enumerate((batch.query, batch.passage)):
-                embedded = torch.cat([self.engine.encode(*part) for part in side.micro_batches])[side.places]
+                embedded = torch.cat([self.engine.encode(*part) for part in side.micro_batches])[
+                    side.places
+                ]
                 if len(sides) <= number:
                     sides.append(embedded.new_empty(len(rows), embedded.shape[1]))
                 sides[number][batch.rows - rows[0]] = embedded
@@ -125,7 +134,9 @@ class Miner:
         return query, passage
 
     def _copy(self, receipt: Receipt, path: Path) -> None:
-        """Put a table together in a file of this node, whole or not at all, in place of an earlier one."""
+        """Put a table together in a file of this node, whole or not at all, in place of an earlier
+        one.
+        """
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +157,9 @@ class Miner:
     def forget(self, needed: Path | None = None) -> None:
         """Delete this run's tables on this node but the one that is needed."""
         if self.writes_cache:
-            for path in self.cache_dir.expanduser().glob(f"{self.draft.spec.fingerprint}-{_TABLE}-*.npy"):
+            for path in self.cache_dir.expanduser().glob(
+                f"{self.draft.spec.fingerprint}-{_TABLE}-*.npy"
+            ):
                 if path != needed:
                     path.unlink()
 
@@ -155,21 +168,27 @@ def share(clusters: Sequence[Stratum], num_ranks: int) -> list[list[Stratum]]:
     """Each rank's clusters, in order, so that all have about as many similarities to compute."""
     costs = np.cumsum([cluster.num_rows**2 for cluster in clusters], dtype=float)
     edges = np.searchsorted(costs, costs[-1] * np.arange(1, num_ranks) / num_ranks).tolist()
-    return [list(clusters[first:stop]) for first, stop in itertools.pairwise([0, *edges, len(clusters)])]
+    return [
+        list(clusters[first:stop]) for first, stop in itertools.pairwise([0, *edges, len(clusters)])
+    ]
 
 
-def nearest(query: Tensor, passage: Tensor, query_id: Tensor, passage_id: Tensor, config: NeighborsConfig) -> Tensor:
+def nearest(
+    query: Tensor, passage: Tensor, query_id: Tensor, passage_id: Tensor, config: NeighborsConfig
+) -> Tensor:
     """The pairs of a cluster whose passages are the hardest true negatives of each query.
 
-    Left out are a query's known positives, passages as near to it as its positive or nearly so, and near
-    duplicates of the positive. A passage that several pairs have is found once, with the first of them.
+    Left out are a query's known positives, passages as near to it as its positive or nearly so, and
+    near duplicates of the positive. A passage that several pairs have is found once, with the first
+    of them.
 
     Args:
         query, passage: float32 [n, D], unit norm.
         query_id, passage_id: int64 [n].
 
     Returns:
-        int64 [n, w], the places of pairs of ranks first_rank to last_rank, hardest first, then NOBODY.
+        int64 [n, w], the places of pairs of ranks first_rank to last_rank, hardest first, then
+        NOBODY.
     """
     num_rows = len(query)
     ids, column = torch.unique(passage_id, return_inverse=True)
@@ -182,12 +201,16 @@ def nearest(query: Tensor, passage: Tensor, query_id: Tensor, passage_id: Tensor
     for start in range(0, num_rows, size):
         block = slice(start, start + size)
         similarity = query[block] @ columns.T
-        excluded = (similarity > bound[block]) | (passage[block] @ columns.T >= config.duplicate_similarity)
+        excluded = (similarity > bound[block]) | (
+            passage[block] @ columns.T >= config.duplicate_similarity
+        )
         row, positive = (query_id[block, None] == query_id).nonzero(as_tuple=True)
         excluded[row, column[positive]] = True
         similarity.masked_fill_(excluded, -torch.inf)
         hardest = similarity.topk(min(config.last_rank, len(ids)), dim=1)
-        chosen = firsts[hardest.indices].masked_fill(hardest.values.isinf(), NOBODY)[:, config.first_rank :]
+        chosen = firsts[hardest.indices].masked_fill(hardest.values.isinf(), NOBODY)[
+            :, config.first_rank :
+        ]
         found[block, : chosen.shape[1]] = chosen
     return found
 

@@ -16,19 +16,44 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from clusterlib import hub
-from clusterlib.config import Config
-from clusterlib.digests import of_files
+from clusterlib.artifacts import hub
+from clusterlib.artifacts.config import Config
+from clusterlib.artifacts.digests import of_files
 from clusterlib.errors import StrataError
 
 _PACKAGE = "package:"
 
 
-# What is in a model's folder and nobody reads: documentation, records of its training, weights in other formats.
+# What is in a model's folder and nobody reads: documentation, records of its training, weights in
+# other formats.
 _UNREAD = (
-    *("*.md", "LICENSE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", ".*", "*/.*", "*.py", "*.pyc"),
+    *(
+        "*.md",
+        "LICENSE*",
+        "*.png",
+        "*.jpg",
+        "*.jpeg",
+        "*.gif",
+        "*.svg",
+        "*.pdf",
+        ".*",
+        "*/.*",
+        "*.py",
+        "*.pyc",
+    ),
     *("training_args*", "trainer_state.json", "checkpoint-*", "runs/*", "*.csv", "*.log"),
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.tflite"),
+    *(
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.pkl",
+        "*.h5",
+        "*.msgpack",
+        "*.ot",
+        "*.gguf",
+        "*.tflite",
+    ),
     *("*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "coreml/*"),
 )
 
@@ -38,12 +63,14 @@ class ModelRef(Config):
 
     name: str = Field(
         ...,
-        description="a local folder, a Hugging Face hub name, or package:MODULE/FOLDER for a model that an "
+        description="a local folder, a Hugging Face hub name, or package:MODULE/FOLDER for a model "
+        "that an "
         "installed Python package carries",
     )
     revision: str | None = Field(
         None,
-        description="commit, branch or tag of a hub model; by default the commit its main branch is at when the run "
+        description="commit, branch or tag of a hub model; by default the commit its main branch "
+        "is at when the run "
         "starts. Pin a commit to repeat a result",
     )
     sha256: str | None = Field(
@@ -66,10 +93,13 @@ class ModelRef(Config):
     def pinned(self) -> Self:
         if self._local_folder() is not None:
             return self
-        return self.model_copy(update={"revision": hub.commit(self.name, self.revision) or self.revision})
+        return self.model_copy(
+            update={"revision": hub.commit(self.name, self.revision) or self.revision}
+        )
 
     def content(self) -> dict[str, Any]:
-        """The digest of every file that shapes the output, by its path in the folder; a hub model's name and revision.
+        """The digest of every file that shapes the output, by its path in the folder; a hub model's
+        name and revision.
 
         Raises:
             StrataError: as `folder`; a hub model is not fetched.
@@ -86,8 +116,8 @@ class ModelRef(Config):
         """The model's local folder; a hub model is downloaded first.
 
         Raises:
-            StrataError: there is no such model, it is not whole, has no safetensors weights or weights of another
-                digest.
+            StrataError: there is no such model, it is not whole, has no safetensors weights or
+                weights of another digest.
         """
         folder = self._local_folder()
         if folder is None:
@@ -104,8 +134,8 @@ class ModelRef(Config):
                 )
             except (OSError, ValueError) as error:
                 raise StrataError(
-                    f"{self.name}: neither a local folder nor a model that could be fetched from the hub "
-                    f"({type(error).__name__}: {_first_line(error)})"
+                    f"{self.name}: neither a local folder nor a model that could be fetched from "
+                    f"the hub ({type(error).__name__}: {_first_line(error)})"
                 ) from error
         self._checked(folder)
         return folder
@@ -119,12 +149,18 @@ class ModelRef(Config):
                 inside = path.relative_to(folder).as_posix()
                 if _matches(inside, self._read) and not _matches(inside, _UNREAD):
                     found[inside] = path
-                elif name == "pytorch_model.bin" and not any(other.endswith(".safetensors") for other in names):
+                elif name == "pytorch_model.bin" and not any(
+                    other.endswith(".safetensors") for other in names
+                ):
                     pickled.append(path)
         if not fnmatch.filter(found, self._needed):
-            raise StrataError(f"{folder}: no {self._needed} in it; it is not a complete model folder")
+            raise StrataError(
+                f"{folder}: no {self._needed} in it; it is not a complete model folder"
+            )
         if pickled and self._has_weights:
-            raise StrataError(f"{pickled[0]}: pickled weights are not read; convert them to safetensors")
+            raise StrataError(
+                f"{pickled[0]}: pickled weights are not read; convert them to safetensors"
+            )
         found = dict(sorted(found.items()))
         try:
             digests = dict(zip(found, of_files(list(found.values())), strict=True))
@@ -133,7 +169,10 @@ class ModelRef(Config):
         for inside, path in found.items():
             _check(path, digests[inside])
         if self.sha256 and digests.get(self._stated) != self.sha256:
-            raise StrataError(f"{folder}: {self._stated} has SHA-256 {digests.get(self._stated)}, not {self.sha256}")
+            raise StrataError(
+                f"{folder}: {self._stated} has SHA-256 {digests.get(self._stated)}, not "
+                f"{self.sha256}"
+            )
         return digests
 
     def _local_folder(self) -> Path | None:
@@ -154,20 +193,39 @@ class ModelRef(Config):
         except (ImportError, ValueError):
             spec = None
         places = spec.submodule_search_locations if spec else None
-        package = next((folder for folder in (Path(place, *below) for place in places or ()) if folder.is_dir()), None)
+        package = next(
+            (
+                folder
+                for folder in (Path(place, *below) for place in places or ())
+                if folder.is_dir()
+            ),
+            None,
+        )
         if package is None:
-            raise StrataError(f"{self.name}: no Python package {module!r} with a folder of its own is installed")
+            raise StrataError(
+                f"{self.name}: no Python package {module!r} with a folder of its own is installed"
+            )
         if not (package / inside).is_dir():
             raise StrataError(f"{self.name}: no such model folder in {package}")
         return package / inside
 
 
 class TokenizerRef(ModelRef):
-    """Where a tokenizer comes from; its folder needs no weights, and other weights make no other tokenizer."""
+    """Where a tokenizer comes from; its folder needs no weights, and other weights make no other
+    tokenizer.
+    """
 
-    # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it is.
+    # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it
+    # is.
     _read: ClassVar[tuple[str, ...]] = (
-        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "config.json"),
+        *(
+            "tokenizer*",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab*",
+            "merges.txt",
+            "config.json",
+        ),
         *("*.model", "*.spm", "*.tiktoken"),
     )
     _needed: ClassVar[str] = "tokenizer.json"
@@ -206,7 +264,9 @@ def _check(path: Path, digest: str) -> None:
             kind = "JSON"
             json.loads(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
-        raise StrataError(f"{path}: no whole {kind} file ({_first_line(error)}); fetch it again") from error
+        raise StrataError(
+            f"{path}: no whole {kind} file ({_first_line(error)}); fetch it again"
+        ) from error
 
 
 class StudentConfig(Config):
@@ -215,10 +275,13 @@ class StudentConfig(Config):
     model: ModelRef | None = Field(None, description="start from these weights")
     architecture: dict[str, Any] | None = Field(
         None,
-        description="start from random weights: a transformers configuration (model_type, hidden_size, ...); "
+        description="start from random weights: a transformers configuration (model_type, "
+        "hidden_size, ...); "
         "vocab_size and pad_token_id are the tokenizer's",
     )
-    pooling: Literal["cls", "mean"] = Field("mean", description="how token states become one vector")
+    pooling: Literal["cls", "mean"] = Field(
+        "mean", description="how token states become one vector"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -257,14 +320,16 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
     """The student's transformers configuration, checked against the shards it is to learn from.
 
     Raises:
-        StrataError: it is no transformers configuration, has a decoder beside its encoder, or too few tokens or
-            positions.
+        StrataError: it is no transformers configuration, has a decoder beside its encoder, or too
+            few tokens or positions.
     """
     from transformers import AutoConfig, AutoModel
 
     try:
         if config.model is not None:
-            architecture = AutoConfig.from_pretrained(config.model.folder(), trust_remote_code=False)
+            architecture = AutoConfig.from_pretrained(
+                config.model.folder(), trust_remote_code=False
+            )
         else:
             settings = {
                 "vocab_size": len(tokenizer),
@@ -278,20 +343,24 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
         raise StrataError(f"train.student: {error}") from error
     if architecture.is_encoder_decoder:
         raise StrataError(
-            f"train.student: {architecture.model_type} is an encoder with a decoder; take an encoder or a decoder "
+            f"train.student: {architecture.model_type} is an encoder with a decoder; take an "
+            "encoder or a decoder "
             "alone, such as bert or qwen3"
         )
     if getattr(architecture, "vocab_size", None) is None:
-        raise StrataError(f"train.student: {architecture.model_type} takes no tokens; take an encoder of text")
+        raise StrataError(
+            f"train.student: {architecture.model_type} takes no tokens; take an encoder of text"
+        )
     if architecture.vocab_size < len(tokenizer):
         raise StrataError(
-            f"train.student: it knows {architecture.vocab_size} tokens and the tokenizer of the shards "
-            f"{len(tokenizer)}; set shard.tokenizer to the student's own"
+            f"train.student: it knows {architecture.vocab_size} tokens and the tokenizer of the "
+            f"shards {len(tokenizer)}; set shard.tokenizer to the student's own"
         )
     positions = _num_positions(backbone)
     if positions is not None and positions < max_tokens:
         raise StrataError(
-            f"train.student: it takes at most {positions} tokens and the shards hold up to {max_tokens}; lower "
+            f"train.student: it takes at most {positions} tokens and the shards hold up to "
+            f"{max_tokens}; lower "
             "shard.query_max_tokens and shard.passage_max_tokens"
         )
     return architecture
@@ -302,7 +371,8 @@ def _num_positions(backbone: Any) -> int | None:
     for name, module in backbone.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
-            # RoBERTa and its like give padding the position `padding_idx`, and number the tokens from the next.
+            # RoBERTa and its like give padding the position `padding_idx`, and number the tokens
+            # from the next.
             return int(module.weight.shape[0]) - padding - 1
     positions = getattr(backbone.config, "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None  # XLNet says -1
@@ -321,7 +391,10 @@ def build_student(
 
     if config.model is not None:
         backbone = AutoModel.from_pretrained(
-            config.model.folder(), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            config.model.folder(),
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
         )
     else:
         torch.manual_seed(seed)
@@ -329,7 +402,8 @@ def build_student(
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        # In place, so that weights keep their names; for any shape, since micro-batches differ in length.
+        # In place, so that weights keep their names; for any shape, since micro-batches differ in
+        # length.
         backbone.compile(dynamic=True)
     # A loaded model is in evaluation mode: without dropout, and heedless of checkpointing.
     return Encoder(backbone, config.pooling).train()

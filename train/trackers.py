@@ -1,7 +1,7 @@
 """Experiment trackers: what steps and tests measure, sent on while the run goes on.
 
-Through each tracker's own client, as Ray Train's guide to experiment tracking has it; the helpers in
-`ray.air.integrations` know neither ranks nor runs of Ray Train 2 (seen with ray 2.60).
+Through each tracker's own client, as Ray Train's guide to experiment tracking has it; the helpers
+in `ray.air.integrations` know neither ranks nor runs of Ray Train 2 (seen with ray 2.60).
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         folder = run.tensorboard_dir / f"{run.name.replace('/', '-')}-{run.fingerprint}"
-        # A killed rank takes with it what is not on disk yet, and steps that a checkpoint holds are not done again.
+        # A killed rank takes with it what is not on disk yet, and steps that a checkpoint holds are
+        # not done again.
         self._writer = SummaryWriter(str(folder), purge_step=run.step + 1, flush_secs=1)
         print(f"train: TensorBoard files in {folder}", flush=True)
 
@@ -115,7 +116,9 @@ class _WandB:
 
 
 class _MLflow:
-    """A run of that tag; of steps that are done a second time, MLflow keeps both values, which are equal."""
+    """A run of that tag; of steps that are done a second time, MLflow keeps both values, which are
+    equal.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         import mlflow
@@ -124,9 +127,13 @@ class _MLflow:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         tags = {"strata_model": run.fingerprint}
         found = mlflow.search_runs(
-            filter_string=f"tags.strata_model = '{run.fingerprint}'", max_results=1, output_format="list"
+            filter_string=f"tags.strata_model = '{run.fingerprint}'",
+            max_results=1,
+            output_format="list",
         )
-        mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=run.name, tags=tags)
+        mlflow.start_run(
+            run_id=found[0].info.run_id if found else None, run_name=run.name, tags=tags
+        )
         mlflow.log_params(dict(_flat(run.settings)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -39,7 +39,9 @@ def search(
     tuner = ray.tune.Tuner(
         trainable,
         param_space={"trial": ray.tune.grid_search(list(range(len(trials))))},
-        tune_config=ray.tune.TuneConfig(metric=metric, mode="max", max_concurrent_trials=max_concurrent),
+        tune_config=ray.tune.TuneConfig(
+            metric=metric, mode="max", max_concurrent_trials=max_concurrent
+        ),
         run_config=ray.tune.RunConfig(
             name="trials", storage_path=storage_path, storage_filesystem=storage_fs, verbose=0
         ),
@@ -57,4 +59,7 @@ def search(
         )
     if all(outcome.error for outcome in outcomes):
         raise StrataError(f"every trial failed; the first: {outcomes[0].name}: {outcomes[0].error}")
-    return sorted(outcomes, key=lambda outcome: -(outcome.value if outcome.value is not None else float("-inf")))
+    return sorted(
+        outcomes,
+        key=lambda outcome: -(outcome.value if outcome.value is not None else float("-inf")),
+    )

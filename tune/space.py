@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from clusterlib.config import Config, runtime
+from clusterlib.artifacts.config import Config, runtime
 
 
 class TuneConfig(Config):
@@ -19,7 +19,9 @@ class TuneConfig(Config):
     )
     metric: str = Field("ndcg_at_10", description="mean over the tests, that trials are ranked by")
 
-    max_concurrent: int = runtime(1, ge=1, description="trials at once; each takes train.num_workers ranks")
+    max_concurrent: int = runtime(
+        1, ge=1, description="trials at once; each takes train.num_workers ranks"
+    )
 
     @field_validator("space")
     @classmethod

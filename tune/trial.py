@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from clusterlib.artifact import Artifact, Root
-from clusterlib.plan import BatchingConfig
+from clusterlib.artifacts.artifact import Artifact, Root
+from clusterlib.batches.plan import BatchingConfig
 from train.launch import Tests, train
 from train.loop import TrainConfig
 

@@ -1,8 +1,10 @@
-"""Embedding real texts: Strata's embed stage against SentenceTransformer.encode; same model, precision, machine.
+"""Embedding real texts: Strata's embed stage against SentenceTransformer.encode; same model,
+precision, machine.
 
-The other side is run as its manual advises for a CPU, in one process with all threads and on a pool of one process
-a core, at two batch sizes; the fastest counts. Ours is timed once past start-up, from the moment when every worker
-has written a part to the last part written, so that Ray and the writing of Parquet are in it.
+The other side is run as its manual advises for a CPU, in one process with all threads and on a pool
+of one process a core, at two batch sizes; the fastest counts. Ours is timed once past start-up,
+from the moment when every worker has written a part to the last part written, so that Ray and the
+writing of Parquet are in it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
-from clusterlib.artifact import Artifact, Root
+from clusterlib.artifacts.artifact import Artifact, Root
 from pipelines.embed import EmbedConfig, embed
 from pipelines.ingest import IngestConfig, ingest
 from pipelines.sources import InputConfig
@@ -34,8 +36,12 @@ MAX_TOKENS = 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[4800, 800], help=f"of {' and '.join(SOURCES)}")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128], help="of the other side")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[4800, 800], help=f"of {' and '.join(SOURCES)}"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[32, 128], help="of the other side"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     arguments = command.parse(parser, rows=[320], batch_sizes=[32], rounds=1)
     data = command.data(arguments)
@@ -57,7 +63,9 @@ def main() -> None:
                     runs[f"encode, {batch_size} a batch"].append(encode(model, texts, batch_size))
                     pool = model.start_multi_process_pool(["cpu"] * cores)
                     encode(model, texts[:200], batch_size, pool)  # its start-up is not timed either
-                    runs[f"pool of {cores}, {batch_size} a batch"].append(encode(model, texts, batch_size, pool))
+                    runs[f"pool of {cores}, {batch_size} a batch"].append(
+                        encode(model, texts, batch_size, pool)
+                    )
                     model.stop_multi_process_pool(pool)
             rates = {name: statistics.median(values) for name, values in runs.items()}
             theirs = max(value for name, value in rates.items() if name != "strata")
@@ -67,7 +75,8 @@ def main() -> None:
             spent = made.stats["spent"]
             seconds = {name: value for name, value in spent.items() if name.endswith("_seconds")}
             shares = ", ".join(
-                f"{name.removesuffix('_seconds')} {v / sum(seconds.values()):.1%}" for name, v in seconds.items()
+                f"{name.removesuffix('_seconds')} {v / sum(seconds.values()):.1%}"
+                for name, v in seconds.items()
             )
             padding = spent["padding_tokens"] / (spent["num_tokens"] + spent["padding_tokens"])
             print(f"  our time: {shares}; padding {padding:.1%} of the tokens", flush=True)
@@ -86,18 +95,24 @@ def write_pairs(table: pa.Table, source: str, folder: str) -> Artifact:
 
 
 def run(teacher: ModelRef, pairs: Artifact, root: Root) -> Artifact:
-    config = EmbedConfig(teacher=teacher, max_tokens=MAX_TOKENS, task_rows=-(-pairs.num_rows // TASKS))
+    config = EmbedConfig(
+        teacher=teacher, max_tokens=MAX_TOKENS, task_rows=-(-pairs.num_rows // TASKS)
+    )
     return embed(config, pairs, root)
 
 
 def rate(made: Artifact, num_workers: int) -> float:
     """Texts a second after each worker's first part."""
-    written = sorted((Path(made.path, part.path).stat().st_mtime, part.num_rows) for part in made.parts())
+    written = sorted(
+        (Path(made.path, part.path).stat().st_mtime, part.num_rows) for part in made.parts()
+    )
     later = written[num_workers:]
     return 2 * sum(rows for _, rows in later) / (later[-1][0] - written[num_workers - 1][0])
 
 
-def encode(model: SentenceTransformer, texts: list[str], batch_size: int, pool: dict | None = None) -> float:
+def encode(
+    model: SentenceTransformer, texts: list[str], batch_size: int, pool: dict | None = None
+) -> float:
     started = time.perf_counter()
     model.encode(texts, batch_size=batch_size, normalize_embeddings=True, pool=pool)
     return len(texts) / (time.perf_counter() - started)

@@ -1,7 +1,8 @@
-"""Peak memory of the gradient at growing global batches with one micro-batch size; one fresh process each.
+"""Peak memory of the gradient at growing global batches with one micro-batch size; one fresh
+process each.
 
-The embeddings of the whole batch, their gradients and its tokens must be somewhere; the score matrix must not:
-at 16,384 pairs it alone would be 1 GiB, with its softmax and gradient 3.
+The embeddings of the whole batch, their gradients and its tokens must be somewhere; the score
+matrix must not: at 16,384 pairs it alone would be 1 GiB, with its softmax and gradient 3.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tokens import open_store, write_shards
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 from train.clock import Clock
 from train.gradcache import accumulate_gradient
 from train.loss import LossConfig
@@ -73,7 +74,9 @@ def peak(root: Root, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--peak", help="folder of the pairs; run the first batch only; for this script itself")
+    parser.add_argument(
+        "--peak", help="folder of the pairs; run the first batch only; for this script itself"
+    )
     arguments = command.parse(parser, batches=[128, 256])
     if arguments.peak:
         peak(Root(arguments.peak), arguments.batches[0])
@@ -89,8 +92,14 @@ def main() -> None:
 
 
 def measure(batches: list[int], folder: str) -> None:
-    print(f"student 2x{WIDTH}, micro-batch {MICRO_BATCH}, {QUERY_TOKENS}/{PASSAGE_TOKENS} tokens, float32, MiB")
-    print(f"{'batch':>8} {'peak':>8} {'of it before':>13} {'embeddings':>11} {'tokens':>8} {'one score matrix':>17}")
+    print(
+        f"student 2x{WIDTH}, micro-batch {MICRO_BATCH}, {QUERY_TOKENS}/{PASSAGE_TOKENS} tokens, "
+        "float32, MiB"
+    )
+    print(
+        f"{'batch':>8} {'peak':>8} {'of it before':>13} {'embeddings':>11} {'tokens':>8} "
+        f"{'one score matrix':>17}"
+    )
     peaks, embeddings = [], []
     for batch in batches:
         words = [sys.executable, __file__, "--batches", str(batch), "--peak", folder]
@@ -99,7 +108,10 @@ def measure(batches: list[int], folder: str) -> None:
         vectors = 2 * batch * WIDTH * 4 / 2**20
         tokens = 2 * batch * (QUERY_TOKENS + PASSAGE_TOKENS) * 8 / 2**20
         matrix = batch**2 * 4 / 2**20
-        print(f"{batch:>8,} {highest:>8.0f} {before:>13.0f} {vectors:>11.1f} {tokens:>8.1f} {matrix:>17.0f}")
+        print(
+            f"{batch:>8,} {highest:>8.0f} {before:>13.0f} {vectors:>11.1f} {tokens:>8.1f} "
+            f"{matrix:>17.0f}"
+        )
         peaks.append(highest)
         embeddings.append(vectors)
     growth = np.array(peaks) - peaks[0]

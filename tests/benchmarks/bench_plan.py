@@ -1,9 +1,12 @@
-"""A billion rows in 10,000 strata: build the plan and get any batch, against an epoch's batches made with numpy.
+"""A billion rows in 10,000 strata: build the plan and get any batch, against an epoch's batches
+made with numpy.
 
-The other side is what loaders commonly do: shuffle the row ids of every stratum, cut them into batches and
-shuffle the batches, all of an epoch in memory, again for every epoch. It is run on every tenth stratum, and
-its seconds and bytes, which are linear in rows, are scaled by the rows it had. The ratio is of CPU seconds,
-which other work on the machine disturbs less; `seconds` passed on the wall.
+The other side is what loaders commonly do: shuffle the row ids of every stratum, cut them into
+    batches and
+shuffle the batches, all of an epoch in memory, again for every epoch. It is run on every tenth
+stratum, and its seconds and bytes, which are linear in rows, are scaled by the rows it had. The
+ratio is of CPU seconds, which other work on the machine disturbs less; `seconds` passed on the
+wall.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import command
 import numpy as np
 import pyarrow as pa
 
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.shards import ShardIndex
-from clusterlib.tables import INDEX
-from clusterlib.tree import build
+from clusterlib.artifacts.tables import INDEX
+from clusterlib.batches.plan import BatchingConfig, Plan
+from clusterlib.clusters.shards import ShardIndex
+from clusterlib.clusters.tree import build
 
 SOURCES = {"forum": 0.1, "news": 0.2, "papers": 0.3, "web": 0.4}  # share of the rows
 ONE_STRATUM_IN = 10  # of the other side
@@ -36,9 +39,14 @@ def main() -> None:
     num_rows, num_leaves, batch_size = arguments.rows, arguments.leaves, arguments.batch
 
     generator = np.random.default_rng(0)
-    trees = {source: build(generator.standard_normal((num_leaves, 8)), np.ones(num_leaves))[0] for source in SOURCES}
+    trees = {
+        source: build(generator.standard_normal((num_leaves, 8)), np.ones(num_leaves))[0]
+        for source in SOURCES
+    }
     table, num_files = index_table(generator, num_rows, num_leaves, arguments.file_rows)
-    print(f"{num_rows:,} rows, {len(SOURCES)} sources, {num_files:,} files, {table.num_rows:,} runs")
+    print(
+        f"{num_rows:,} rows, {len(SOURCES)} sources, {num_files:,} files, {table.num_rows:,} runs"
+    )
     table_gib = table.nbytes / 2**30
     before = peak_gib()
 
@@ -65,25 +73,38 @@ def main() -> None:
     their_seconds, their_gib = (scale * value for value in materialize(part, batch_size, generator))
 
     seek, place = float(np.median(planned)), float(np.median(located))
-    print(f"{len(sizes):,} strata of {sizes.min():,} to {sizes.max():,} rows, {phase.num_batches:,} batches an epoch")
-    print(f"the other side ran on {part.sum():,} rows in {len(part):,} strata; scaled by {scale:.2f}")
+    print(
+        f"{len(sizes):,} strata of {sizes.min():,} to {sizes.max():,} rows, {phase.num_batches:,} "
+        "batches an epoch"
+    )
+    print(
+        f"the other side ran on {part.sum():,} rows in {len(part):,} strata; scaled by {scale:.2f}"
+    )
     print(f"{'':<40} {'plan':>10} {'numpy':>10}")
     print(f"{'build, CPU s':<40} {cpu_seconds:>10.2f} {their_seconds:>10.2f}")
     print(f"{'build, wall s':<40} {seconds:>10.2f} {'':>10}  (index {opened:.2f})")
-    print(f"{'a batch of another epoch, s':<40} {seek:>10.4f} {their_seconds:>10.2f}  (worst {max(planned):.4f})")
+    print(
+        f"{'a batch of another epoch, s':<40} {seek:>10.4f} {their_seconds:>10.2f}  (worst "
+        f"{max(planned):.4f})"
+    )
     print(f"{'the same with its places in files, s':<40} {place:>10.4f}")
     print(f"{'batches in memory, GiB':<40} {0:>10.2f} {their_gib:>10.2f}")
-    print(f"{'peak of the process, GiB':<40} {gib:>10.2f} {'':>10}  (before {before:.2f}, table {table_gib:.2f})")
     print(
-        f"RESULT bench_plan ratio={their_seconds / cpu_seconds:.1f} seconds={seconds:.2f} gib={gib:.2f} "
-        f"seek_ms={1000 * place:.2f}"
+        f"{'peak of the process, GiB':<40} {gib:>10.2f} {'':>10}  (before {before:.2f}, table "
+        f"{table_gib:.2f})"
+    )
+    print(
+        f"RESULT bench_plan ratio={their_seconds / cpu_seconds:.1f} seconds={seconds:.2f} "
+        f"gib={gib:.2f} seek_ms={1000 * place:.2f}"
     )
 
 
 def index_table(
     generator: np.random.Generator, total_rows: int, num_leaves: int, file_rows: int
 ) -> tuple[pa.Table, int]:
-    """A table of schema INDEX, leaves of unequal sizes (log-normal, sigma 1) spread evenly over a source's files."""
+    """A table of schema INDEX, leaves of unequal sizes (log-normal, sigma 1) spread evenly over a
+    source's files.
+    """
     tables = []
     first_file = 0
     for source, share in sorted(SOURCES.items()):
@@ -96,7 +117,9 @@ def index_table(
         firsts = np.cumsum(counts, axis=0) - counts
         leaf, file = (axis.ravel().astype(np.int32) for axis in np.indices(counts.shape))
         columns = {
-            "source": pa.DictionaryArray.from_arrays(np.zeros(counts.size, np.int8), [source]).cast(pa.string()),
+            "source": pa.DictionaryArray.from_arrays(np.zeros(counts.size, np.int8), [source]).cast(
+                pa.string()
+            ),
             "leaf": leaf,
             "file": file + np.int32(first_file),
             "row_group": np.zeros(counts.size, np.int32),
@@ -108,8 +131,12 @@ def index_table(
     return pa.concat_tables(tables), first_file
 
 
-def materialize(sizes: np.ndarray, batch_size: int, generator: np.random.Generator) -> tuple[float, float]:
-    """CPU seconds and GiB of one epoch's batches made whole, an array [batches, rows] of shuffled row numbers."""
+def materialize(
+    sizes: np.ndarray, batch_size: int, generator: np.random.Generator
+) -> tuple[float, float]:
+    """CPU seconds and GiB of one epoch's batches made whole, an array [batches, rows] of shuffled
+    row numbers.
+    """
     started = time.process_time()
     starts = np.cumsum(sizes) - sizes
     pieces = []

@@ -1,8 +1,8 @@
 """Many rows through the real stages: does memory stay where it is, and how fast do rows go by?
 
-A synthetic `embeddings` of short texts and short vectors is written in parts such as the embed stage writes, one at a
-time, and goes through `cluster` and `shard` in a Ray of its own. Peak memory is that of the whole process tree, with
-Ray and its object store, sampled.
+A synthetic `embeddings` of short texts and short vectors is written in parts such as the embed
+stage writes, one at a time, and goes through `cluster` and `shard` in a Ray of its own. Peak memory
+is that of the whole process tree, with Ray and its object store, sampled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from memory import PeakMemory
 
-from clusterlib.artifact import Artifact, Root, Spec
-from clusterlib.draft import Draft, Receipt
-from clusterlib.permutation import mix
-from clusterlib.tables import embeddings_schema, fixed_size_list
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
+from clusterlib.batches.permutation import mix
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.shard import ShardConfig, shard
 from pipelines.stage import ray_session
@@ -46,7 +46,10 @@ def main() -> None:
     cluster_config = ClusterConfig(num_leaves=arguments.leaves)
     tokenizer = TokenizerRef(name=command.data(arguments).teacher().name)
     shard_config = ShardConfig(tokenizer=tokenizer, query_max_tokens=16, passage_max_tokens=32)
-    print(f"{num_rows:,} rows of {len(SOURCES)} sources, {WIDTH} dimensions, {arguments.leaves} leaves a source")
+    print(
+        f"{num_rows:,} rows of {len(SOURCES)} sources, {WIDTH} dimensions, {arguments.leaves} "
+        "leaves a source"
+    )
     print(f"{'stage':<10} {'seconds':>8} {'rows/s':>10} {'files':>7} {'MiB':>7} {'peak MiB':>9}")
     total_seconds, peak_bytes = 0.0, 0
 
@@ -72,7 +75,10 @@ def main() -> None:
             centroids = timed(lambda: cluster(cluster_config, embeddings, root))
             shards = timed(lambda: shard(shard_config, embeddings, centroids, root))
         assert shards.num_rows == num_rows
-    print(f"RESULT bench_scale rows={num_rows} gib={peak_bytes / 2**30:.2f} seconds={total_seconds:.0f}")
+    print(
+        f"RESULT bench_scale rows={num_rows} gib={peak_bytes / 2**30:.2f} "
+        f"seconds={total_seconds:.0f}"
+    )
 
 
 def write_embeddings(root: Root, num_rows: int) -> Artifact:
@@ -88,7 +94,9 @@ def write_embeddings(root: Root, num_rows: int) -> Artifact:
         for first in range(0, count, PART_ROWS):
             size = min(PART_ROWS, count - first)
             groups = row_groups(generator, source, topics, first_id, size)
-            receipts.append(Receipt([draft.write("embeddings", f"{first_id:09d}", schema, groups)], size))
+            receipts.append(
+                Receipt([draft.write("embeddings", f"{first_id:09d}", schema, groups)], size)
+            )
             first_id += size
     return draft.publish(receipts, {"num_rows_by_source": counts, "width": WIDTH})
 
@@ -98,7 +106,9 @@ def row_groups(
 ) -> Iterator[pa.Table]:
     for first in range(0, count, ROW_GROUP_ROWS):
         size = min(ROW_GROUP_ROWS, count - first)
-        passage = topics[generator.integers(0, TOPICS, size)] + generator.standard_normal((size, WIDTH), np.float32)
+        passage = topics[generator.integers(0, TOPICS, size)] + generator.standard_normal(
+            (size, WIDTH), np.float32
+        )
         query = passage + generator.standard_normal((size, WIDTH), np.float32) / 2
         numbers = np.arange(first_id + first, first_id + first + size, dtype=np.uint64)
         columns = [
@@ -111,11 +121,15 @@ def row_groups(
             pa.nulls(size, pa.string()),
             *(unit(matrix) for matrix in (query, passage)),
         ]
-        yield pa.Table.from_arrays([pa.array(column) for column in columns], schema=embeddings_schema(WIDTH))
+        yield pa.Table.from_arrays(
+            [pa.array(column) for column in columns], schema=embeddings_schema(WIDTH)
+        )
 
 
 def unit(matrix: np.ndarray) -> pa.Array:
-    return fixed_size_list((matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16))
+    return fixed_size_list(
+        (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
+    )
 
 
 def texts(generator: np.random.Generator, count: int, num_words: int) -> pa.Array:

@@ -1,8 +1,10 @@
-"""Grouping rows by cluster: Strata's shards against Ray Data's sort and against partitioned Parquet files.
+"""Grouping rows by cluster: Strata's shards against Ray Data's sort and against partitioned Parquet
+files.
 
-The three read the same synthetic rows (key, cluster, payload) from the same Parquet blocks and write Parquet. At
-two sizes, one four times the other, to show the slope, and at k = 10 and 1,000. Peak memory is that of the whole
-process tree, sampled, less what it was before; each side runs in a process and a Ray of its own.
+The three read the same synthetic rows (key, cluster, payload) from the same Parquet blocks and
+write Parquet. At two sizes, one four times the other, to show the slope, and at k = 10 and 1,000.
+Peak memory is that of the whole process tree, sampled, less what it was before; each side runs in a
+process and a Ray of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 4_000_000])
     parser.add_argument("--ks", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--side", choices=SIDES, help="run one side and print what it took; for this script itself")
+    parser.add_argument(
+        "--side", choices=SIDES, help="run one side and print what it took; for this script itself"
+    )
     parser.add_argument("--folder")
     parser.add_argument("--out")
     arguments = command.parse(parser, sizes=[2000], ks=[4])
     if arguments.side:
         print(json.dumps(run_side(arguments.side, Path(arguments.folder), Path(arguments.out))))
         return
-    print(f"{'rows':>10} {'k':>6} {'side':<12} {'rows/s':>10} {'peak MiB':>9} {'files':>7} {'MiB':>7}")
+    print(
+        f"{'rows':>10} {'k':>6} {'side':<12} {'rows/s':>10} {'peak MiB':>9} {'files':>7} {'MiB':>7}"
+    )
     ratios = []
     for num_rows in arguments.sizes:
         for k in arguments.ks:
@@ -47,7 +53,9 @@ def main() -> None:
                 for side in SIDES:
                     out = Path(folder) / side.replace(" ", "-")
                     words = ["--side", side, "--folder", f"{folder}/in", "--out", str(out)]
-                    child = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+                    child = subprocess.run(
+                        [sys.executable, __file__, *words], capture_output=True, text=True
+                    )
                     if child.returncode:
                         sys.exit(f"{side}: {child.stderr[-2000:]}")
                     took = json.loads(child.stdout.splitlines()[-1])
@@ -57,8 +65,8 @@ def main() -> None:
                     rates[side] = num_rows / took["seconds"]
                     size = sum(path.stat().st_size for path in files) / 2**20
                     print(
-                        f"{num_rows:>10,} {k:>6,} {side:<12} {rates[side]:>10,.0f} {took['peak_mib']:>9,.0f} "
-                        f"{len(files):>7,} {size:>7,.0f}",
+                        f"{num_rows:>10,} {k:>6,} {side:<12} {rates[side]:>10,.0f} "
+                        f"{took['peak_mib']:>9,.0f} {len(files):>7,} {size:>7,.0f}",
                         flush=True,
                     )
             ratios.append(rates["strata"] / rates["ray sort"])
@@ -92,7 +100,9 @@ def run_side(side: str, folder: Path, out: Path) -> dict[str, float]:
         warm_up()
         with PeakMemory(seconds_between=0.2) as memory:
             started = time.perf_counter()
-            {"strata": by_shards, "ray sort": by_sort, "partitioned": by_partitions}[side](folder, out)
+            {"strata": by_shards, "ray sort": by_sort, "partitioned": by_partitions}[side](
+                folder, out
+            )
             seconds = time.perf_counter() - started
     return {"seconds": seconds, "peak_mib": (memory.peak_bytes - memory.first_bytes) / 2**20}
 
@@ -104,25 +114,30 @@ def warm_up() -> None:
 
 
 def by_shards(folder: Path, out: Path) -> None:
-    from clusterlib.artifact import Root, Spec
-    from clusterlib.draft import Draft
+    from clusterlib.artifacts.artifact import Root, Spec
+    from clusterlib.artifacts.draft import Draft
     from pipelines.stage import Task, Workers, make
 
     draft = Draft(Root(str(out)), Spec("shards", 1, {}))
-    tasks = [Task(path.stem, (file, path), path.name) for file, path in enumerate(sorted(folder.iterdir()))]
+    tasks = [
+        Task(path.stem, (file, path), path.name)
+        for file, path in enumerate(sorted(folder.iterdir()))
+    ]
     make(draft, "shard", tasks, lambda: Grouper(draft), Workers(), draft.publish)
 
 
 class Grouper:
-    """The grouping of pipelines/shard.py, without assigning and tokenising, which the other sides do not do."""
+    """The grouping of pipelines/shard.py, without assigning and tokenising, which the other sides
+    do not do.
+    """
 
     def __init__(self, draft) -> None:  # type: ignore[no-untyped-def]
         self.draft = draft
 
     def __call__(self, work):  # type: ignore[no-untyped-def]
-        from clusterlib import shards
-        from clusterlib.draft import Receipt
-        from clusterlib.tables import INDEX
+        from clusterlib.artifacts.draft import Receipt
+        from clusterlib.artifacts.tables import INDEX
+        from clusterlib.clusters import shards
 
         file, path = work
         block = pq.read_table(path)

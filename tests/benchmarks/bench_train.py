@@ -1,12 +1,17 @@
-"""Pairs per second of the step loop against sentence-transformers' CachedMultipleNegativesRankingLoss.
+"""Pairs per second of the step loop against sentence-transformers'
+CachedMultipleNegativesRankingLoss.
 
-Same student, pairs, batches, micro-batch, precision, optimizer and machine, one thread a process. Both sides are
-kept alive and asked for one step in turn, so that a busy machine hinders both alike; the ratio is of medians.
+Same student, pairs, batches, micro-batch, precision, optimizer and machine, one thread a process.
+Both sides are kept alive and asked for one step in turn, so that a busy machine hinders both alike;
+the ratio is of medians.
 
-Ours: the whole loop under DeepSpeed, with masks, measures and records, reading each batch from the cache.
-Theirs: the loss module and torch's AdamW alone, fed with tokens that are ready and padded to the batch's
-longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data loader. Over
-several processes it gathers passages across them, and gradients are averaged once a step, as one flat tensor.
+Ours: the whole loop under DeepSpeed, with masks, measures and records, reading each batch from the
+    cache.
+Theirs: the loss module and torch's AdamW alone, fed with tokens that are ready and padded to the
+    batch's
+longest text, each mini-batch trimmed to its own longest by the loss; no Trainer, tokenizer or data
+loader. Over several processes it gathers passages across them, and gradients are averaged once a
+step, as one flat tensor.
 
 With --compile, ours runs a second time as train.compile=true has it.
 """
@@ -26,8 +31,8 @@ import torch
 import torch.distributed as dist
 from tokens import open_store, write_shards
 
-from clusterlib.artifact import Artifact, Root
-from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.artifacts.artifact import Artifact, Root
+from clusterlib.batches.plan import BatchingConfig, Plan
 from train.data import shard_index
 
 WARM_UP = 2  # the first steps compile
@@ -36,19 +41,26 @@ SOURCE = "scitldr"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="pairs, over all processes")
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--query-tokens", type=int, default=64)
-    # 32/128 cuts most passages of this source, so that nearly all are as long and there is little to sort.
+    # 32/128 cuts most passages of this source, so that nearly all are as long and there is little
+    # to sort.
     parser.add_argument("--passage-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
-        "--side", choices=("ours", "compiled", "theirs"), help="be one process of a side; for this script itself"
+        "--side",
+        choices=("ours", "compiled", "theirs"),
+        help="be one process of a side; for this script itself",
     )
-    return command.parse(parser, batch=8, micro_batch=4, query_tokens=8, passage_tokens=16, rounds=1)
+    return command.parse(
+        parser, batch=8, micro_batch=4, query_tokens=8, passage_tokens=16, rounds=1
+    )
 
 
 def tokenized(options: argparse.Namespace) -> dict[str, list[list[int]]]:
@@ -60,21 +72,29 @@ def tokenized(options: argparse.Namespace) -> dict[str, list[list[int]]]:
     count = options.batch * (WARM_UP + options.rounds)
     limits = {"query": options.query_tokens, "passage": options.passage_tokens}
     return {
-        side: tokenizer(data.texts(SOURCE, side, count), truncation=True, max_length=limit)["input_ids"]
+        side: tokenizer(data.texts(SOURCE, side, count), truncation=True, max_length=limit)[
+            "input_ids"
+        ]
         for side, limit in limits.items()
     }
 
 
 def planned(shards: Artifact, options: argparse.Namespace) -> Plan:
     """The batches of both sides."""
-    return Plan(shard_index(shards), BatchingConfig(strategy="random", global_batch_size=options.batch))
+    return Plan(
+        shard_index(shards), BatchingConfig(strategy="random", global_batch_size=options.batch)
+    )
 
 
 def backbone():
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024))
+    return BertModel(
+        BertConfig(
+            hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
+        )
+    )
 
 
 def ready() -> None:
@@ -106,10 +126,17 @@ def ours(options: argparse.Namespace) -> None:
     student = backbone()
     if options.side == "compiled":
         student.compile(dynamic=True)
-    engine = Engine(Encoder(student, "mean"), config.optimizer, "fp32", 0, options.batch // options.processes)
+    engine = Engine(
+        Encoder(student, "mean"), config.optimizer, "fp32", 0, options.batch // options.processes
+    )
 
     def on_step(progress: Progress) -> None:
-        print("STEP", progress.records[-1]["step_seconds"], progress.records[-1]["data_seconds"], flush=True)
+        print(
+            "STEP",
+            progress.records[-1]["step_seconds"],
+            progress.records[-1]["data_seconds"],
+            flush=True,
+        )
         wait_for_turn()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +160,9 @@ def theirs(options: argparse.Namespace) -> None:
         backbone().save_pretrained(folder)
         TokenizerRef(name=command.data(options).teacher().name).load().save_pretrained(folder)
         transformer = Transformer(folder)
-    student = SentenceTransformer(modules=[transformer, Pooling(256, pooling_mode="mean"), Normalize()], device="cpu")
+    student = SentenceTransformer(
+        modules=[transformer, Pooling(256, pooling_mode="mean"), Normalize()], device="cpu"
+    )
     student.train()
     loss = CachedMultipleNegativesRankingLoss(
         student,
@@ -142,12 +171,16 @@ def theirs(options: argparse.Namespace) -> None:
         gather_across_devices=options.processes > 1,
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    dist.init_process_group("gloo")  # not sooner: of several ranks only the first would have saved the student
+    dist.init_process_group(
+        "gloo"
+    )  # not sooner: of several ranks only the first would have saved the student
     share = options.batch // options.processes
     with tempfile.TemporaryDirectory() as folder:
         plan = planned(write_shards(Root(folder), **tokens), options)
     steps = WARM_UP + options.rounds
-    batches = [plan.step(step, steps).rows[dist.get_rank() * share :][:share] for step in range(steps)]
+    batches = [
+        plan.step(step, steps).rows[dist.get_rank() * share :][:share] for step in range(steps)
+    ]
     ready()
     for batch in batches:
         features = []
@@ -206,7 +239,9 @@ class Side:
             process.stdin.write("\n")
             process.stdin.flush()
         seconds = [self._line(process, "STEP").split()[1:] for process in self._processes]
-        return max(float(step) for step, _ in seconds), max(float(of_data) for _, of_data in seconds)
+        return max(float(step) for step, _ in seconds), max(
+            float(of_data) for _, of_data in seconds
+        )
 
     def end(self) -> None:
         for process in self._processes:
@@ -228,7 +263,8 @@ def main() -> None:
         {"ours": ours, "compiled": ours, "theirs": theirs}[options.side](options)
         return
     sides = {
-        name: Side(name, options.processes) for name in ("ours", *(["compiled"] if options.compile else []), "theirs")
+        name: Side(name, options.processes)
+        for name in ("ours", *(["compiled"] if options.compile else []), "theirs")
     }
     for _ in range(WARM_UP):
         for side in sides.values():
@@ -236,8 +272,9 @@ def main() -> None:
     seconds = {name: [] for name in sides}
     waiting = []
     print(
-        f"student 4x256, {options.processes} processes, batch {options.batch}, micro-batch {options.micro_batch}, "
-        f"{SOURCE}, at most {options.query_tokens}/{options.passage_tokens} tokens"
+        f"student 4x256, {options.processes} processes, batch {options.batch}, micro-batch "
+        f"{options.micro_batch}, {SOURCE}, at most {options.query_tokens}/{options.passage_tokens} "
+        "tokens"
     )
     print(f"{'round':>6}" + "".join(f"{name + ', pairs/s':>18}" for name in sides))
     for number in range(options.rounds):
@@ -246,7 +283,11 @@ def main() -> None:
             seconds[name].append(taken)
             if name == "ours":
                 waiting.append(of_data / taken)
-        print(f"{number:>6}" + "".join(f"{options.batch / seconds[name][-1]:>18.1f}" for name in sides), flush=True)
+        print(
+            f"{number:>6}"
+            + "".join(f"{options.batch / seconds[name][-1]:>18.1f}" for name in sides),
+            flush=True,
+        )
     for side in sides.values():
         side.end()
     rates = {name: options.batch / statistics.median(values) for name, values in seconds.items()}

@@ -1,7 +1,9 @@
-"""One tree for every k: the inertia of `cut(k)` of a fit with many leaves, against flat k-means with that k.
+"""One tree for every k: the inertia of `cut(k)` of a fit with many leaves, against flat k-means
+with that k.
 
-Inertia is the sum over points of 1 - similarity to the unit mean of the point's cluster. The flat side is FAISS's
-spherical k-means on the same points, the best of as many seeds as the leaves are fitted with.
+Inertia is the sum over points of 1 - similarity to the unit mean of the point's cluster. The flat
+side is FAISS's spherical k-means on the same points, the best of as many seeds as the leaves are
+fitted with.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import argparse
 import command
 import numpy as np
 
-from clusterlib import kmeans, tree
-from clusterlib.diagnostics import imbalance
+from clusterlib.clusters import kmeans, tree
+from clusterlib.clusters.diagnostics import imbalance
 
 ITERATIONS = 20
 SEEDS = 2
@@ -25,8 +27,13 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=200)
     parser.add_argument("--cuts", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200])
     arguments = command.parse(parser, sources=["made up"], rows=300, leaves=20, cuts=[5, 10])
-    print(f"{arguments.leaves} leaves, {arguments.rows:,} passages of each source, all-MiniLM-L6-v2")
-    print(f"{'source':<10} {'k':>4} {'flat':>9} {'tree':>9} {'ratio':>7} {'imbalance':>10} {'of the tree':>12}")
+    print(
+        f"{arguments.leaves} leaves, {arguments.rows:,} passages of each source, all-MiniLM-L6-v2"
+    )
+    print(
+        f"{'source':<10} {'k':>4} {'flat':>9} {'tree':>9} {'ratio':>7} {'imbalance':>10} "
+        f"{'of the tree':>12}"
+    )
     worst = 0.0
     for source in arguments.sources:
         points = command.data(arguments).vectors(source, "passage", 64, arguments.rows)
@@ -53,7 +60,10 @@ def main() -> None:
 def best_fit(points: np.ndarray, k: int) -> np.ndarray:
     """Cluster of each point, from the tightest of SEEDS fits."""
     fits = [kmeans.fit(points, k, ITERATIONS, seed) for seed in range(SEEDS)]
-    return max((kmeans.assign(points, fit.centroids) for fit in fits), key=lambda found: float(found[1].sum()))[0]
+    return max(
+        (kmeans.assign(points, fit.centroids) for fit in fits),
+        key=lambda found: float(found[1].sum()),
+    )[0]
 
 
 def inertia(points: np.ndarray, clusters: np.ndarray) -> float:

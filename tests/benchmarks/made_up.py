@@ -1,4 +1,6 @@
-"""Texts, vectors and a teacher like those of real.py, made up: nothing needs to be there, and a source has any name."""
+"""Texts, vectors and a teacher like those of real.py, made up: nothing needs to be there, and a
+source has any name.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def texts(source: str, side: str, limit: int | None = None) -> list[str]:
     """Distinct texts of 4 to 12 words."""
     generator = _generator(source, side)
     lengths = generator.integers(4, 12, limit or _NUM_TEXTS)
-    return [f"{' '.join(generator.choice(_WORDS, length))} {number}" for number, length in enumerate(lengths)]
+    return [
+        f"{' '.join(generator.choice(_WORDS, length))} {number}"
+        for number, length in enumerate(lengths)
+    ]
 
 
 def vectors(source: str, side: str, max_tokens: int, limit: int | None = None) -> np.ndarray:
@@ -43,7 +48,9 @@ def vectors(source: str, side: str, max_tokens: int, limit: int | None = None) -
 
 @functools.cache
 def teacher() -> ModelRef:
-    """A plain encoder with random weights and its tokenizer; they are gone when the process ends."""
+    """A plain encoder with random weights and its tokenizer; they are gone when the process
+    ends.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -55,13 +62,18 @@ def teacher() -> ModelRef:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+        single="[CLS] $A [SEP]",
+        special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{f"{name[1:-1].lower()}_token": name for name in _SPECIAL}
     ).save_pretrained(folder)
     architecture = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     BertModel(architecture).save_pretrained(folder)
     return ModelRef(name=folder)

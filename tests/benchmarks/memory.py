@@ -16,7 +16,9 @@ class PeakMemory:
     """
 
     def __init__(self, seconds_between: float) -> None:
-        self._seconds_between = seconds_between  # one sample of a Ray's processes takes 0.05 CPU seconds
+        self._seconds_between = (
+            seconds_between  # one sample of a Ray's processes takes 0.05 CPU seconds
+        )
 
     def __enter__(self) -> PeakMemory:
         self.first_bytes = self.peak_bytes = self._now()

@@ -1,4 +1,6 @@
-"""Real texts and their teacher's vectors for the benchmarks, from the shared data beside the checkout."""
+"""Real texts and their teacher's vectors for the benchmarks, from the shared data beside the
+checkout.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,17 @@ def texts(source: str, side: str, limit: int | None = None) -> list[str]:
 
 
 def vectors(source: str, side: str, max_tokens: int, limit: int | None = None) -> np.ndarray:
-    """The teacher's unit vectors of `texts`, float32 [n, 384]; embedded once and kept in the user's cache."""
+    """The teacher's unit vectors of `texts`, float32 [n, 384]; embedded once and kept in the user's
+    cache.
+    """
     path = _CACHE / f"{source}-{side}-{max_tokens}-{limit or 'all'}.npy"
     if not path.exists():
         encoder = Teacher(EmbedConfig(teacher=teacher(), max_tokens=max_tokens))
         rows = texts(source, side, limit)
-        chunks = [encoder.encode(rows[first : first + _CHUNK], side) for first in _progress(len(rows), path.stem)]
+        chunks = [
+            encoder.encode(rows[first : first + _CHUNK], side)
+            for first in _progress(len(rows), path.stem)
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(".building.npy")
         np.save(building, np.concatenate(chunks))

@@ -17,7 +17,10 @@ from train.model import ModelRef
 
 BENCHMARKS = sorted(Path(__file__).parent.glob("bench_*.py"))
 # What a RESULT line has to tell, where it is not a ratio of two sides.
-NUMBERS = {"bench_plan": {"ratio", "seconds", "gib", "seek_ms"}, "bench_scale": {"rows", "gib", "seconds"}}
+NUMBERS = {
+    "bench_plan": {"ratio", "seconds", "gib", "seek_ms"},
+    "bench_scale": {"rows", "gib", "seconds"},
+}
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

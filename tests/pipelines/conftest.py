@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from clusterlib.artifact import Root, Spec
-from clusterlib.draft import Draft
-from clusterlib.tables import PAIRS, REJECTS
+from clusterlib.artifacts.artifact import Root, Spec
+from clusterlib.artifacts.draft import Draft
+from clusterlib.artifacts.tables import PAIRS, REJECTS
 from pipelines.cluster import ClusterConfig, cluster
 from pipelines.embed import EmbedConfig, embed
 from pipelines.ingest import IngestConfig, _Worker, ingest
@@ -31,7 +31,9 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
     ]
     configs = SimpleNamespace(
         ingest=IngestConfig(inputs=inputs),
-        embed=EmbedConfig(teacher=ModelRef(name=str(teacher_folder)), task_rows=50, batch_tokens=200),
+        embed=EmbedConfig(
+            teacher=ModelRef(name=str(teacher_folder)), task_rows=50, batch_tokens=200
+        ),
         cluster=ClusterConfig(num_leaves=6, min_pairs_per_leaf=20, num_iterations=5),
         shard=ShardConfig(
             tokenizer=TokenizerRef(name=str(tokenizer_folder)),
@@ -47,13 +49,20 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
     centroids = cluster(configs.cluster, embeddings, root)
     shards = shard(configs.shard, embeddings, centroids, root)
     return SimpleNamespace(
-        root=root, configs=configs, pairs=pairs, embeddings=embeddings, centroids=centroids, shards=shards
+        root=root,
+        configs=configs,
+        pairs=pairs,
+        embeddings=embeddings,
+        centroids=centroids,
+        shards=shards,
     )
 
 
 @pytest.fixture(scope="session")
 def read_here():
-    """What `ingest` makes of one input, in this process: the pairs artifact and its rejects as dicts."""
+    """What `ingest` makes of one input, in this process: the pairs artifact and its rejects as
+    dicts.
+    """
 
     def read(settings, folder, max_chars=100):
         source = InputConfig(**{"source": "s", **settings}).located(str(folder))
@@ -70,7 +79,9 @@ def read_here():
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_folder, architecture):
+def recipe(
+    tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_folder, architecture
+):
     """A whole recipe, small enough to run in a test, as a file."""
     settings = {
         "name": "tiny",
@@ -116,9 +127,18 @@ def recipe(tmp_path_factory, pairs_file, beir_folder, teacher_folder, tokenizer_
 
 @pytest.fixture(params=["jsonl", "parquet"])
 def judged_folder(request, tmp_path):
-    """A small BEIR folder in either layout: one query with two relevant passages, one without, one not judged."""
-    corpus = [{"_id": "a", "title": "T", "text": "body"}, {"_id": "b", "title": "", "text": "other"}]
-    queries = [{"_id": "x", "text": "q x"}, {"_id": "y", "text": "q y"}, {"_id": "z", "text": "unjudged"}]
+    """A small BEIR folder in either layout: one query with two relevant passages, one without, one
+    not judged.
+    """
+    corpus = [
+        {"_id": "a", "title": "T", "text": "body"},
+        {"_id": "b", "title": "", "text": "other"},
+    ]
+    queries = [
+        {"_id": "x", "text": "q x"},
+        {"_id": "y", "text": "q y"},
+        {"_id": "z", "text": "unjudged"},
+    ]
     judgements = [("x", "a", 2), ("x", "b", 1), ("y", "b", 0)]
     if request.param == "jsonl":
         (tmp_path / "qrels").mkdir()
@@ -131,14 +151,17 @@ def judged_folder(request, tmp_path):
         pq.write_table(pa.Table.from_pylist(queries), tmp_path / "queries.parquet")
         names = ("query-id", "corpus-id", "score")
         pq.write_table(
-            pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]), tmp_path / "qrels.parquet"
+            pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in judgements]),
+            tmp_path / "qrels.parquet",
         )
     return tmp_path
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """The URI of an empty S3 bucket on loopback; this process and its children find it by their environment."""
+    """The URI of an empty S3 bucket on loopback; this process and its children find it by their
+    environment.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 

@@ -1,10 +1,12 @@
-r"""Soak: ingest, embed, cluster and shard under random SIGKILLs; the artifacts must equal an undisturbed run's.
+r"""Soak: ingest, embed, cluster and shard under random SIGKILLs.
 
-While a driver works, kills a worker, the driver or the raylet at a random moment, again and again; a driver that is
-gone is started anew, until the artifacts are finished. Every fourth time a second driver works on the same artifacts.
-Alone, over some hundred pairs of the demo in many small tasks:
+While a driver works, kills a worker, the driver or the raylet at a random moment, again and again;
+a driver that is gone is started anew, until the artifacts are finished. They must equal an
+undisturbed run's. Every fourth time a second driver works on the same artifacts. Alone, over some
+hundred pairs of the demo in many small tasks:
 
-    python tests/pipelines/soak.py --kills 100 demo embed.task_rows=32 shard.block_rows=64 cluster.num_leaves=4 \
+    python tests/pipelines/soak.py --kills 100 demo embed.task_rows=32 shard.block_rows=64 \
+        cluster.num_leaves=4 \
         "ingest.inputs=[{source: numpy, format: docstrings, path: numpy, fraction: 0.2},
                         {source: stdlib, format: docstrings, path: stdlib, fraction: 0.1}]"
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 
 VICTIMS = ("driver", "worker", "raylet")
 TITLES = {"worker": "ray::MapWorker", "raylet": "raylet/raylet"}  # of Ray's processes
@@ -38,12 +40,13 @@ def prepare(words: list[str], root: str) -> None:
     """All data stages in one driver; this is what gets killed."""
     import ray
 
-    from clusterlib.config import parse_overrides
+    from clusterlib.artifacts.config import parse_overrides
     from pipelines.run import Run, load_recipe
     from pipelines.stage import ray_session
 
     run = Run(load_recipe(words[0], parse_overrides(words[1:])), Root(root))
-    # Without the dashboard's ten processes, which the data stages do not need, a driver is sooner at work.
+    # Without the dashboard's ten processes, which the data stages do not need, a driver is sooner
+    # at work.
     ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR")
     with ray_session(None):
         for stage in (run.ingest, run.embed, run.cluster, run.shard):
@@ -72,7 +75,9 @@ def running(words: list[str], root: Path) -> Iterator[Driver]:
 
 
 def family(driver: Driver, title: str = "") -> list[psutil.Process]:
-    """What a driver has started and still runs, under titles that hold `title`; they stay in its session."""
+    """What a driver has started and still runs, under titles that hold `title`; they stay in its
+    session.
+    """
     found = []
     for process in psutil.process_iter():
         try:
@@ -98,7 +103,9 @@ def strike(driver: Driver, victim: str, mean_seconds: float) -> bool:
             raise SystemExit(f"no worker and no end for {_LIMIT_SECONDS} s")
         time.sleep(0.2)
     time.sleep(random.expovariate(1 / mean_seconds))
-    processes = [psutil.Process(driver.pid)] if victim == "driver" else family(driver, TITLES[victim])
+    processes = (
+        [psutil.Process(driver.pid)] if victim == "driver" else family(driver, TITLES[victim])
+    )
     if driver.poll() is not None or not processes:
         return False
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -108,7 +115,9 @@ def strike(driver: Driver, victim: str, mean_seconds: float) -> bool:
 
 
 def check(root: Path, expected: dict[str, list[str]], excused: set[str]) -> None:
-    """The same artifacts with the same parts as the undisturbed run, whole, and no other file but the excused."""
+    """The same artifacts with the same parts as the undisturbed run, whole, and no other file but
+    the excused.
+    """
     found = Root(str(root)).artifacts()
     assert {artifact.name: digests(artifact) for artifact in found} == expected
     for artifact in found:
@@ -121,7 +130,9 @@ def orphans(root: Path) -> set[str]:
     found = set()
     for artifact in Root(str(root)).artifacts():
         named = {part["path"] for part in artifact.manifest["parts"]} | {"manifest.json"}
-        files = {f"{folder}/{name}" for folder, _, names in os.walk(artifact.path) for name in names}
+        files = {
+            f"{folder}/{name}" for folder, _, names in os.walk(artifact.path) for name in names
+        }
         found |= files - {f"{artifact.path}/{path}" for path in named}
     return found
 
@@ -140,7 +151,10 @@ def soak(words: list[str], kills: int, seed: int) -> None:
             assert driver.wait(_LIMIT_SECONDS) == 0
         seconds = time.monotonic() - began
         print(f"undisturbed: {seconds:.0f} s", flush=True)
-        expected = {artifact.name: digests(artifact) for artifact in Root(f"{folder}/undisturbed").artifacts()}
+        expected = {
+            artifact.name: digests(artifact)
+            for artifact in Root(f"{folder}/undisturbed").artifacts()
+        }
 
         def finishes(driver: Driver) -> bool:
             """Whether a driver comes to its end before it, or its raylet, is killed."""
@@ -159,8 +173,8 @@ def soak(words: list[str], kills: int, seed: int) -> None:
 
         while counts["kills"] < kills:
             root = Path(folder) / f"{counts['finished']}"
-            # Once an artifact is finished no driver works on it: what a killed one wrote late, or had no time to
-            # sweep, stays, and is never read.
+            # Once an artifact is finished no driver works on it: what a killed one wrote late, or
+            # had no time to sweep, stays, and is never read.
             excused: set[str] = set()
             pair = counts["finished"] % 4 == 3
             with running(words, root) if pair else contextlib.nullcontext() as second:
@@ -171,7 +185,9 @@ def soak(words: list[str], kills: int, seed: int) -> None:
                     if not finished:
                         excused |= orphans(root)
                 if second:
-                    assert second.wait(_LIMIT_SECONDS) == 0, "the second driver failed, though nothing of it was killed"
+                    assert second.wait(_LIMIT_SECONDS) == 0, (
+                        "the second driver failed, though nothing of it was killed"
+                    )
             check(root, expected, excused)
             counts["finished"] += 1
             counts["two drivers"] += pair

@@ -1,4 +1,6 @@
-"""Bad input ends in one clear message and status 1, and nothing half-written is taken for complete."""
+"""Bad input ends in one clear message and status 1, and nothing half-written is taken for
+complete.
+"""
 
 import os
 import subprocess
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 from pipelines.cli import main
 
 
@@ -33,21 +35,39 @@ def kinds(root):
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys, pipelines.cli; print({'ray', 'torch', 'pyarrow', 'transformers'} & set(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys, pipelines.cli; "
+        "print({'ray', 'torch', 'pyarrow', 'transformers'} & set(sys.modules))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert output.strip() == "set()"
     assert strata("--help").exit_code == 0 and "ingest" in strata("--help").output
 
 
 def test_unknown_settings_recipes_and_artifacts(recipe, tmp_path):
-    refused(strata("run", recipe, "cluster.kk=5", "--root", tmp_path), "cluster.kk: unknown setting")
+    refused(
+        strata("run", recipe, "cluster.kk=5", "--root", tmp_path), "cluster.kk: unknown setting"
+    )
     refused(strata("run", recipe, "train.stepz=5", "--root", tmp_path), "did you mean train.steps?")
-    refused(strata("run", recipe, "arms.cluster={batching.kk: 2}", "--root", tmp_path), "arms.cluster", "batching.k?")
+    refused(
+        strata("run", recipe, "arms.cluster={batching.kk: 2}", "--root", tmp_path),
+        "arms.cluster",
+        "batching.k?",
+    )
     refused(strata("run", "no-such", "--root", tmp_path), "no such recipe", "demo", "msmarco")
     mined = "arms.cluster={batching.strategy: neighbors}"
-    refused(strata("run", recipe, mined, "--root", tmp_path), "arms.cluster", "set shard.teacher_vectors=true")
+    refused(
+        strata("run", recipe, mined, "--root", tmp_path),
+        "arms.cluster",
+        "set shard.teacher_vectors=true",
+    )
     nothing = ["train.test_every_steps=2", "evaluate.tests=[]"]
-    refused(strata("run", recipe, *nothing, "--root", tmp_path), "train.test_every_steps=2 has nothing to test on")
+    refused(
+        strata("run", recipe, *nothing, "--root", tmp_path),
+        "train.test_every_steps=2 has nothing to test on",
+    )
     refused(strata("inspect", "pairs", "--root", tmp_path), "no finished artifact", "none")
     assert kinds(tmp_path) == set()
 
@@ -65,22 +85,32 @@ def test_a_wrong_column_is_told_with_those_there_are(recipe, ray_running, tmp_pa
 
 
 def test_a_truncated_file_is_named(recipe, ray_running, tmp_path):
-    pq.write_table(pa.table({"query": ["a"] * 5000, "passage": ["b"] * 5000}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"query": ["a"] * 5000, "passage": ["b"] * 5000}), tmp_path / "a.parquet"
+    )
     os.truncate(tmp_path / "a.parquet", 300)
     inputs = f"ingest.inputs=[{{source: s, format: parquet, path: {tmp_path}/a.parquet}}]"
-    refused(strata("ingest", recipe, inputs, "--root", tmp_path / "root"), "a.parquet: not a whole Parquet file")
+    refused(
+        strata("ingest", recipe, inputs, "--root", tmp_path / "root"),
+        "a.parquet: not a whole Parquet file",
+    )
     assert kinds(tmp_path / "root") == set()
 
 
 def test_a_model_without_weights_is_refused_before_any_work(recipe, tmp_path, tokenizer_folder):
     for setting in ("embed.teacher.name", "evaluate.references.teacher.name"):
         result = strata("run", recipe, f"{setting}={tokenizer_folder}", "--root", tmp_path / "root")
-        refused(result, f"{tokenizer_folder}: no *.safetensors in it; it is not a complete model folder")
+        refused(
+            result, f"{tokenizer_folder}: no *.safetensors in it; it is not a complete model folder"
+        )
     assert kinds(tmp_path / "root") == set()
 
 
 def test_a_stage_without_its_input_says_what_to_run(recipe, ray_running, tmp_path):
-    refused(strata("embed", recipe, "--root", tmp_path), "no finished artifact there; run `strata ingest`")
+    refused(
+        strata("embed", recipe, "--root", tmp_path),
+        "no finished artifact there; run `strata ingest`",
+    )
 
 
 def test_a_root_that_cannot_be_written_is_refused(recipe, tmp_path):
@@ -88,7 +118,9 @@ def test_a_root_that_cannot_be_written_is_refused(recipe, tmp_path):
     refused(strata("ingest", recipe, "--root", tmp_path / "file" / "root"), "cannot be written")
 
 
-def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(recipe, ray_running, tmp_path):
+def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(
+    recipe, ray_running, tmp_path
+):
     for stage in ("ingest", "embed"):
         assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
     refused(
@@ -102,7 +134,9 @@ def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(recip
         assert strata(stage, recipe, "--root", tmp_path).exit_code == 0
     big = ("arms={}", "batching.global_batch_size=256")
     refused(
-        strata("train", recipe, *big, "batching.leftover=drop", "--root", tmp_path), "no stratum fills a batch", "256"
+        strata("train", recipe, *big, "batching.leftover=drop", "--root", tmp_path),
+        "no stratum fills a batch",
+        "256",
     )
     refused(
         strata("train", recipe, "arms={}", "batching.k=5", "--root", tmp_path),
@@ -113,7 +147,13 @@ def test_more_leaves_than_a_source_fills_and_too_large_batches_are_refused(recip
         "does not divide by train.num_workers=2",
     )
     refused(
-        strata("train", recipe, "train.student.architecture.max_position_embeddings=8", "--root", tmp_path),
+        strata(
+            "train",
+            recipe,
+            "train.student.architecture.max_position_embeddings=8",
+            "--root",
+            tmp_path,
+        ),
         "at most 8 tokens",
     )
     assert kinds(tmp_path) == {"pairs", "embeddings", "centroids", "shards"}
@@ -123,15 +163,20 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
     result = strata("run", recipe, "--dry-run", "train.steps=7", "--root", tmp_path / "root")
     assert result.exit_code == 0, result.output
     assert "steps: 7" in result.output
-    assert [line.split()[0] for line in result.output.splitlines() if line.startswith("to make")] == ["to"] * 10
+    assert [
+        line.split()[0] for line in result.output.splitlines() if line.startswith("to make")
+    ] == ["to"] * 10
     assert not (tmp_path / "root").exists()
 
 
 def test_plan_shows_what_each_arm_will_see(recipe, shards, tmp_path, monkeypatch):
-    refused(strata("plan", recipe, "--root", tmp_path), "no finished artifact there; run `strata shard`")
+    refused(
+        strata("plan", recipe, "--root", tmp_path), "no finished artifact there; run `strata shard`"
+    )
     made, rows = shards
     monkeypatch.setattr("pipelines.run.Run._open", lambda *_: made)
-    arm = "arms={half: {batching.phases: [{fraction: 0.5, strategy: random}, {fraction: 0.5, strategy: source}]}}"
+    phases = "[{fraction: 0.5, strategy: random}, {fraction: 0.5, strategy: source}]"
+    arm = f"arms={{half: {{batching.phases: {phases}}}}}"
     result = strata("plan", recipe, arm, "train.steps=21")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.output.splitlines() if line]
@@ -140,10 +185,22 @@ def test_plan_shows_what_each_arm_will_see(recipe, shards, tmp_path, monkeypatch
     sizes = {source: sources.count(source) for source in ("a", "b")}
     whole = {source: size // 16 for source, size in sizes.items()}
     total = sum(whole.values())
-    assert lines[2][:2] == ["random", "10"] and lines[2][-5:] == ["100.0%", "100.0%", "100.0%", "0", "0"]
+    assert lines[2][:2] == ["random", "10"] and lines[2][-5:] == [
+        "100.0%",
+        "100.0%",
+        "100.0%",
+        "0",
+        "0",
+    ]
     assert lines[3][:5] == ["source", "11", f"{11 / total:.2f}", "all", "2"]
     for line, (source, size) in zip(lines[4:], sizes.items(), strict=True):
-        covered = [f"{whole[source] / total:.1%}", f"{whole[source] * 16 / size:.1%}", "100.0%", str(size % 16), "0"]
+        covered = [
+            f"{whole[source] / total:.1%}",
+            f"{whole[source] * 16 / size:.1%}",
+            "100.0%",
+            str(size % 16),
+            "0",
+        ]
         assert line == [source, "1", *[f"{size / 16:.1f}"] * 3, str(whole[source]), *covered]
 
 
@@ -152,7 +209,12 @@ def test_the_papers_recipe_resolves_without_network_or_data(tmp_path):
     result = strata("run", "msmarco", "--dry-run", "--root", tmp_path)
     assert result.exit_code == 0, result.output
     assert "msmarco: holds no collection.tsv" in result.output
-    for part in ("snowflake-arctic-embed-m", "bert-base-uncased", "global_batch_size: 4096", "temperature: 0.02"):
+    for part in (
+        "snowflake-arctic-embed-m",
+        "bert-base-uncased",
+        "global_batch_size: 4096",
+        "temperature: 0.02",
+    ):
         assert part in result.output
     assert time.monotonic() - started < 60
 

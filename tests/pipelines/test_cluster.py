@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import pipelines.cluster as stages
-from clusterlib import kmeans
-from clusterlib.artifact import Part
-from clusterlib.config import validate
+from clusterlib.artifacts.artifact import Part
+from clusterlib.artifacts.config import validate
+from clusterlib.artifacts.tables import vectors
+from clusterlib.clusters import kmeans
+from clusterlib.clusters.tree import from_table
 from clusterlib.errors import StrataError
-from clusterlib.tables import vectors
-from clusterlib.tree import from_table
 from pipelines.cluster import ClusterConfig, cluster, of_source, sample
 
 
@@ -30,7 +30,10 @@ def test_every_source_has_a_tree_with_unit_centroids(chain):
 def test_a_small_source_gets_fewer_leaves_and_the_manifest_says_so(chain):
     fits = chain.centroids.stats["fits"]
     assert (fits["big"]["num_leaves"], fits["big"]["num_leaves_asked"]) == (6, 6)
-    assert (fits["half"]["num_leaves"], fits["half"]["num_leaves_asked"]) == (fits["half"]["num_pairs"] // 20, 6)
+    assert (fits["half"]["num_leaves"], fits["half"]["num_leaves_asked"]) == (
+        fits["half"]["num_pairs"] // 20,
+        6,
+    )
 
 
 def test_node_centroids_are_the_mean_directions_of_their_pairs(chain):
@@ -39,7 +42,9 @@ def test_node_centroids_are_the_mean_directions_of_their_pairs(chain):
     leaves = np.array([row["centroid"] for row in nodes if row["left"] is None], np.float32)
     nearest, _ = kmeans.assign(found, leaves)
     for row in nodes:
-        members = found[(nearest >= row["first_leaf"]) & (nearest < row["first_leaf"] + row["num_leaves"])]
+        members = found[
+            (nearest >= row["first_leaf"]) & (nearest < row["first_leaf"] + row["num_leaves"])
+        ]
         assert row["num_pairs"] == len(members)
         mean = members.sum(axis=0)
         assert float(mean @ np.array(row["centroid"]) / np.linalg.norm(mean)) > 0.995
@@ -48,10 +53,16 @@ def test_node_centroids_are_the_mean_directions_of_their_pairs(chain):
 def test_leaves_are_one_k_means_fit_of_all_pairs(chain):
     found = source_vectors(chain, "big")
     reference = kmeans.fit(found, 6, 5, seed=0)
-    nodes = [row for row in chain.centroids.read().to_pylist() if row["source"] == "big" and row["left"] is None]
+    nodes = [
+        row
+        for row in chain.centroids.read().to_pylist()
+        if row["source"] == "big" and row["left"] is None
+    ]
     leaves = np.array([row["centroid"] for row in nodes], np.float32)
     similarity = kmeans.assign(found, leaves)[1]
-    assert similarity.mean() == pytest.approx(chain.centroids.stats["fits"]["big"]["mean_similarity"], rel=1e-4)
+    assert similarity.mean() == pytest.approx(
+        chain.centroids.stats["fits"]["big"]["mean_similarity"], rel=1e-4
+    )
     assert similarity.sum() >= 0.99 * kmeans.assign(found, reference.centroids)[1].sum()
 
 
@@ -76,7 +87,9 @@ def test_both_sides_cluster_in_twice_the_width(chain):
 
 def test_more_leaves_than_any_source_can_fill_are_refused(chain):
     with pytest.raises(
-        StrataError, match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and fits 8"
+        StrataError,
+        match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and "
+        r"fits 8",
     ):
         cluster(chain.configs.cluster.replace(num_leaves=9), chain.embeddings, chain.root)
 
@@ -84,8 +97,12 @@ def test_more_leaves_than_any_source_can_fill_are_refused(chain):
 def test_a_fit_beyond_any_nodes_memory_is_refused_with_the_number_that_fits(chain, monkeypatch):
     """Room for 60 of the 160 vectors of 32 dimensions, held twice in float32, at 6 leaves."""
     monkeypatch.setattr(stages, "largest_node_bytes", lambda: 60 * 2 * 4 * 32)
-    with pytest.raises(StrataError, match=r"points_per_centroid=500: the fit of big takes .* set at most 10"):
-        cluster(chain.configs.cluster.replace(points_per_centroid=500), chain.embeddings, chain.root)
+    with pytest.raises(
+        StrataError, match=r"points_per_centroid=500: the fit of big takes .* set at most 10"
+    ):
+        cluster(
+            chain.configs.cluster.replace(points_per_centroid=500), chain.embeddings, chain.root
+        )
     cluster(chain.configs.cluster.replace(points_per_centroid=10), chain.embeddings, chain.root)
 
 
@@ -95,8 +112,12 @@ def test_fits_of_other_seeds_are_compared_and_the_tightest_is_kept(chain):
     fits = [kmeans.fit(found, 4, config.num_iterations, seed) for seed in range(3)]
     assigned = [kmeans.assign(found, fit.centroids) for fit in fits]
     stats = cluster(config, chain.embeddings, chain.root).stats["fits"]["big"]
-    assert stats["mean_similarity"] == pytest.approx(max(similarity.mean() for _, similarity in assigned), rel=1e-3)
-    expected = [adjusted_rand(first[0], second[0]) for first, second in itertools.combinations(assigned, 2)]
+    assert stats["mean_similarity"] == pytest.approx(
+        max(similarity.mean() for _, similarity in assigned), rel=1e-3
+    )
+    expected = [
+        adjusted_rand(first[0], second[0]) for first, second in itertools.combinations(assigned, 2)
+    ]
     assert stats["agreement"] == pytest.approx(np.mean(expected), abs=0.05)
 
 
@@ -104,7 +125,9 @@ def adjusted_rand(first, second):
     """From all pairs of points: Hubert & Arabie 1985, eq. 5."""
     same_first, same_second = first[:, None] == first, second[:, None] == second
     upper = np.triu_indices(len(first), 1)
-    both, one, other = (pairs[upper].sum() for pairs in (same_first & same_second, same_first, same_second))
+    both, one, other = (
+        pairs[upper].sum() for pairs in (same_first & same_second, same_first, same_second)
+    )
     expected = one * other / len(upper[0])
     return (both - expected) / ((one + other) / 2 - expected)
 
@@ -115,7 +138,9 @@ def test_the_device_of_a_fit_follows_the_resources_asked_for(chain, monkeypatch,
     asked = []
     fit = kmeans.fit
     monkeypatch.setattr(kmeans, "fit", lambda *settings, gpu: asked.append(gpu) or fit(*settings))
-    worker = stages._Worker(chain.configs.cluster.replace(gpus_per_worker=gpus), chain.embeddings, _Paper())
+    worker = stages._Worker(
+        chain.configs.cluster.replace(gpus_per_worker=gpus), chain.embeddings, _Paper()
+    )
     worker(("big", 160))
     assert asked == [bool(gpus)] * 2
 
@@ -123,7 +148,9 @@ def test_the_device_of_a_fit_follows_the_resources_asked_for(chain, monkeypatch,
 def test_the_largest_seed_fits_and_a_larger_one_is_refused(chain):
     seed = 2**31 - 1
     settings = chain.configs.cluster.model_dump()
-    with pytest.raises(StrataError, match=r"seed: .* less than or equal to 2147483647 \(got 2147483648\)"):
+    with pytest.raises(
+        StrataError, match=r"seed: .* less than or equal to 2147483647 \(got 2147483648\)"
+    ):
         validate(ClusterConfig, {**settings, "seed": seed + 1}, "recipe")
     config = validate(ClusterConfig, {**settings, "seed": seed}, "recipe")
     receipt = stages._Worker(config, chain.embeddings, _Paper())(("big", 160))

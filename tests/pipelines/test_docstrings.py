@@ -76,9 +76,10 @@ def test_numpydoc_loses_signature_code_doctest_and_markup():
     query, passage = split_docstring(NUMPYDOC)
     assert query == "Solve a linear matrix equation, or system of linear scalar equations."
     assert passage == (
-        'Computes the "exact" solution, x, of the well-determined, i.e., full rank, linear matrix equation ax = b, '
-        "see numpy.linalg.inv. Coefficient matrix. Ordinate or dependent variable values. Solution to the system. "
-        "The solutions are computed using LAPACK routine:"
+        'Computes the "exact" solution, x, of the well-determined, i.e., full rank, linear matrix '
+        "equation ax = b, see numpy.linalg.inv. Coefficient matrix. Ordinate or dependent variable "
+        "values. Solution "
+        "to the system. The solutions are computed using LAPACK routine:"
     )
 
 
@@ -86,27 +87,40 @@ def test_google_style_keeps_descriptions():
     query, passage = split_docstring(GOOGLE)
     assert query == "Fit the model."
     assert passage == (
-        "Longer prose that says what is fitted, how long it takes and why one would do such a thing at all: "
-        "the inputs of the model. how many steps to take. The fitted model, see the manual."
+        "Longer prose that says what is fitted, how long it takes and why one would do such a "
+        "thing at all: the inputs of the model. how many steps to take. The fitted model, see the "
+        "manual."
     )
 
 
 @pytest.mark.parametrize(
     "text",
-    ["One line only.", "Query here.\n\nToo short a passage.", "Word\n\n" + "long enough " * 20, ">>> f()\n1\n"],
+    [
+        "One line only.",
+        "Query here.\n\nToo short a passage.",
+        "Word\n\n" + "long enough " * 20,
+        ">>> f()\n1\n",
+    ],
 )
 def test_docstrings_without_a_pair_are_passed_over(text):
     assert split_docstring(text) is None
 
 
 def test_literal_blocks_end_where_their_indent_ends():
-    assert clean_docstring("Use it so::\n\n    code()\n\n    more()\n\nand then text") == "Use it so:\n\nand then text"
+    assert (
+        clean_docstring("Use it so::\n\n    code()\n\n    more()\n\nand then text")
+        == "Use it so:\n\nand then text"
+    )
 
 
 def test_packages_are_read_without_being_imported(tmp_path, monkeypatch):
     package = tmp_path / "fakepkg"
     (package / "tests").mkdir(parents=True)
-    body = '"""Read me first please.\n\n' + "This passage has more than fifteen words " * 4 + '"""\nraise SystemExit\n'
+    body = (
+        '"""Read me first please.\n\n'
+        + "This passage has more than fifteen words " * 4
+        + '"""\nraise SystemExit\n'
+    )
     for name in ("__init__.py", "alpha.py", "beta.py", "tests/gamma.py"):
         (package / name).write_text(body)
     (package / "broken.py").write_text("def (:\n")
@@ -121,7 +135,9 @@ def test_packages_are_read_without_being_imported(tmp_path, monkeypatch):
         "fakepkg.beta",
         "fakepkg.broken",
     ]
-    found = [item.module for split in ("train", "test") for item in read_docstrings("fakepkg", split)]
+    found = [
+        item.module for split in ("train", "test") for item in read_docstrings("fakepkg", split)
+    ]
     assert sorted(found) == ["fakepkg", "fakepkg.alpha", "fakepkg.beta"]
 
 
@@ -155,14 +171,22 @@ def test_a_namespace_package_is_what_is_installed_of_it(tmp_path, monkeypatch):
     for folder in "ab":
         monkeypatch.syspath_prepend(tmp_path / folder)
     assert package_version("space") == "space-one 1, space-two 2"
-    assert sorted(module for module, _ in module_files("space")) == ["space.one", "space.one.deep", "space.two"]
+    assert sorted(module for module, _ in module_files("space")) == [
+        "space.one",
+        "space.one.deep",
+        "space.two",
+    ]
     assert [module for module, _ in module_files("space.one")] == ["space.one", "space.one.deep"]
     assert module_files("space.two") == [("space.two", tmp_path / "b" / "space" / "two.py")]
     assert "space" not in sys.modules
 
 
 def test_modules_of_the_standard_library_have_its_version():
-    assert package_version("json") == package_version("stdlib") == f"python {platform.python_version()}"
+    assert (
+        package_version("json")
+        == package_version("stdlib")
+        == f"python {platform.python_version()}"
+    )
     assert "json.decoder" in [module for module, _ in module_files("json")]
     assert [module for module, _ in module_files("xml.dom.minidom")] == ["xml.dom.minidom"]
 
@@ -190,13 +214,20 @@ def test_what_has_no_docstrings_to_read_is_told(package, message, tmp_path, monk
 
 
 def test_a_docstring_that_is_no_unicode_text_is_passed_over():
-    assert split_docstring("Read me first.\n\n" + "This passage has more than fifteen words \ud800" * 4) is None
+    assert (
+        split_docstring(
+            "Read me first.\n\n" + "This passage has more than fifteen words \ud800" * 4
+        )
+        is None
+    )
 
 
 def test_the_split_is_by_module_and_about_a_tenth():
     modules = [f"package.module{number}" for number in range(2000)]
     assert 150 < sum(map(held_out, modules)) < 250
-    train, test = ({item.module for item in read_docstrings("numpy", split)} for split in ("train", "test"))
+    train, test = (
+        {item.module for item in read_docstrings("numpy", split)} for split in ("train", "test")
+    )
     assert train and test and not train & test
 
 

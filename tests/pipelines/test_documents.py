@@ -1,4 +1,6 @@
-"""What the documents tell a user to write is understood: commands, settings, parts of recipes, targets, paths."""
+"""What the documents tell a user to write is understood: commands, settings, parts of recipes,
+targets, paths.
+"""
 
 import ast
 import re
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusterlib.config import Config, override, parse_overrides, validate
+from clusterlib.artifacts.config import Config, override, parse_overrides, validate
 from clusterlib.errors import StrataError
 from pipelines import PACKAGES
 from pipelines.cli import main
@@ -39,7 +41,9 @@ def inline(text):
 
 def commands(program):
     """The words after `program` of every command, each once."""
-    shell = "\n".join(block for text in TEXTS for block in blocks(text, "bash")).replace("\\\n", " ")
+    shell = "\n".join(block for text in TEXTS for block in blocks(text, "bash")).replace(
+        "\\\n", " "
+    )
     lines = [*shell.splitlines(), *(code for text in [*TEXTS, shell] for code in inline(text))]
     found = [line.split("#")[0].strip() for line in lines if re.match(rf"(\S*/)?{program} ", line)]
     assert found
@@ -85,13 +89,20 @@ def test_a_command_line_of_ray_is_understood(words):
 
 @pytest.mark.parametrize("words", commands("make"), ids=" ".join)
 def test_a_target_of_make_is_there(words):
-    subprocess.run(["make", "--dry-run", f"PYTHON={sys.executable}", *words], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        ["make", "--dry-run", f"PYTHON={sys.executable}", *words],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
 
 
 @pytest.mark.parametrize("block", [block for text in TEXTS for block in blocks(text, "yaml")])
 def test_a_yaml_block_is_part_of_a_recipe(block):
     settings = {
-        f"{section}.{name}": value for section, part in yaml.safe_load(block).items() for name, value in part.items()
+        f"{section}.{name}": value
+        for section, part in yaml.safe_load(block).items()
+        for name, value in part.items()
     }
     validate(RunConfig, override(load_recipe("demo", {}).model_dump(mode="json"), settings), block)
 
@@ -99,7 +110,9 @@ def test_a_yaml_block_is_part_of_a_recipe(block):
 def test_settings_that_documents_and_messages_name_are_there():
     named = {name for text in TEXTS for code in inline(text) for name in re.findall(SETTING, code)}
     assert len(named) > 5
-    sources = "".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    sources = "".join(
+        path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+    )
     named |= set(re.findall(rf"({SETTING})=", sources))
     assert [name for name in sorted(named) if not is_setting(name)] == []
 
@@ -107,8 +120,17 @@ def test_settings_that_documents_and_messages_name_are_there():
 def test_paths_and_extras_that_documents_name_are_there():
     for path, text in zip(DOCUMENTS, TEXTS, strict=True):
         links = [path.parent / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
-        files = [ROOT / code for code in inline(text) if re.fullmatch(r"(\w+/)+([\w.]+\.\w+)?", code)]
+        files = [
+            ROOT / code for code in inline(text) if re.fullmatch(r"(\w+/)+([\w.]+\.\w+)?", code)
+        ]
         assert [str(found) for found in [*links, *files] if not found.exists()] == []
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {name for text in TEXTS for names in re.findall(r"'\.\[([\w,]+)\]'", text) for name in names.split(",")}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {
+        name
+        for text in TEXTS
+        for names in re.findall(r"'\.\[([\w,]+)\]'", text)
+        for name in names.split(",")
+    }
     assert named and named <= set(extras)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 from clusterlib.errors import StrataError
 from pipelines.evaluate import BASELINES, EvaluateConfig, _load, _local_task, evaluate, scores_spec
 from pipelines.retrieval_tests import RetrievalTestConfig, read_test
@@ -13,13 +13,19 @@ from train.model import ModelRef
 
 
 def trec_ndcg(run, judgements, depth=10):
-    """NDCG as trec_eval defines it (Jarvelin & Kekalainen 2002): gains by rank, discounted by log2(rank + 1)."""
+    """NDCG as trec_eval defines it (Jarvelin & Kekalainen 2002): gains by rank, discounted by
+    log2(rank + 1).
+    """
     values = []
     for query, relevant in judgements.items():
         ranked = sorted(run[query].items(), key=lambda item: (-item[1], item[0]))[:depth]
-        gain = sum(relevant.get(passage, 0) / math.log2(rank + 2) for rank, (passage, _) in enumerate(ranked))
+        gain = sum(
+            relevant.get(passage, 0) / math.log2(rank + 2)
+            for rank, (passage, _) in enumerate(ranked)
+        )
         ideal = sum(
-            value / math.log2(rank + 2) for rank, value in enumerate(sorted(relevant.values(), reverse=True)[:depth])
+            value / math.log2(rank + 2)
+            for rank, value in enumerate(sorted(relevant.values(), reverse=True)[:depth])
         )
         values.append(gain / ideal)
     return sum(values) / len(values)
@@ -31,17 +37,25 @@ def config(beir_folder, teacher_folder):
     return EvaluateConfig(tests=[test], references={"teacher": ModelRef(name=str(teacher_folder))})
 
 
-def test_scores_equal_a_second_implementation_on_the_same_run(ray_running, config, teacher_folder, tmp_path):
+def test_scores_equal_a_second_implementation_on_the_same_run(
+    ray_running, config, teacher_folder, tmp_path
+):
     from sentence_transformers import SentenceTransformer
 
-    made = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
+    made = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))[
+        "teacher"
+    ]
     scores = {(row["task"], row["metric"]): row["value"] for row in made.read().to_pylist()}
 
     test = read_test(config.tests[0])
     model = SentenceTransformer(str(teacher_folder), device="cpu")
-    similarity = model.encode_query(list(test.queries.values())) @ model.encode_document(list(test.corpus.values())).T
+    similarity = (
+        model.encode_query(list(test.queries.values()))
+        @ model.encode_document(list(test.corpus.values())).T
+    )
     run = {
-        query: dict(zip(test.corpus, similarity[row].tolist(), strict=True)) for row, query in enumerate(test.queries)
+        query: dict(zip(test.corpus, similarity[row].tolist(), strict=True))
+        for row, query in enumerate(test.queries)
     }
     assert scores["local", "ndcg_at_10"] == pytest.approx(trec_ndcg(run, test.judgements), abs=1e-4)
     ranks = {
@@ -56,7 +70,9 @@ def test_scores_equal_a_second_implementation_on_the_same_run(ray_running, confi
 
     stored = json.loads(Path(made.path, "mteb", "local.json").read_text())
     assert stored["scores"]["test"][0]["ndcg_at_10"] == scores["local", "ndcg_at_10"]
-    again = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))["teacher"]
+    again = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))[
+        "teacher"
+    ]
     assert again.manifest == made.manifest
 
 
@@ -78,11 +94,15 @@ def test_mteb_runs_a_local_test_with_graded_judgements(tmp_path):
     class Ranker:
         """Ranks d0 first, d4 last."""
 
-        mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "test/ranker", "revision": "1"})
+        mteb_model_meta = ModelMeta.create_empty(
+            overwrites={"name": "test/ranker", "revision": "1"}
+        )
 
         def encode(self, inputs, **_):
             texts = [text for batch in inputs for text in batch["text"]]
-            return np.array([[1.0, 0.0] if text == "q" else [1.0 - int(text[1]) / 10, 0.1] for text in texts])
+            return np.array(
+                [[1.0, 0.0] if text == "q" else [1.0 - int(text[1]) / 10, 0.1] for text in texts]
+            )
 
         def similarity(self, left, right):
             return left @ right.T
@@ -90,7 +110,9 @@ def test_mteb_runs_a_local_test_with_graded_judgements(tmp_path):
         def similarity_pairwise(self, left, right):
             return (left * right).sum(axis=1)
 
-    result = mteb.evaluate(Ranker(), [_local_task(test)], cache=None, co2_tracker=False, show_progress_bar=False)
+    result = mteb.evaluate(
+        Ranker(), [_local_task(test)], cache=None, co2_tracker=False, show_progress_bar=False
+    )
     found = result.task_results[0].scores["test"][0]["ndcg_at_10"]
     expected = (1 / math.log2(4) + 2 / math.log2(6)) / (2 / math.log2(2) + 1 / math.log2(3))
     assert found == pytest.approx(expected, abs=1e-4)
@@ -102,8 +124,13 @@ def test_a_name_that_begins_as_mtebs_do_is_no_way_around_safetensors(monkeypatch
 
     monkeypatch.setattr(mteb, "get_model", lambda name: name)
     assert _load(ModelRef(name="mteb/baseline-bm25s"), tmp_path) == "mteb/baseline-bm25s"
-    for name in ("mteb/somebodys-model", "mteb/baseline-hybrid-rrf-baseline-bm25s-multilingual-e5-small"):
-        with pytest.raises(StrataError, match=f"{name}: neither a local folder nor a model that could be fetched"):
+    for name in (
+        "mteb/somebodys-model",
+        "mteb/baseline-hybrid-rrf-baseline-bm25s-multilingual-e5-small",
+    ):
+        with pytest.raises(
+            StrataError, match=f"{name}: neither a local folder nor a model that could be fetched"
+        ):
             _load(ModelRef(name=name), tmp_path)
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 from clusterlib.errors import StrataError
 from pipelines.ingest import IngestConfig, _Rejects, ingest
 from pipelines.retrieval_tests import RetrievalTestConfig
@@ -13,16 +13,30 @@ from pipelines.sources import BATCH_ROWS, InputConfig
 
 
 def write(path, rows):
-    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
+    path.write_bytes(
+        b"".join(
+            row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows
+        )
+    )
 
 
 def config(*paths, **settings):
-    return IngestConfig(inputs=[InputConfig(source="s", format="jsonl", path=str(path), **settings) for path in paths])
+    return IngestConfig(
+        inputs=[
+            InputConfig(source="s", format="jsonl", path=str(path), **settings) for path in paths
+        ]
+    )
 
 
 def test_rows_in_are_rows_out_and_rejects_with_reasons(ray_running, tmp_path):
-    write(tmp_path / "a.jsonl", [{"query": "q1", "passage": "p1"}, b"\xff\n", {"query": "", "passage": "p"}])
-    write(tmp_path / "b.jsonl", [{"query": "q2", "passage": "p2"}, {"query": "q3", "passage": "x" * 101}])
+    write(
+        tmp_path / "a.jsonl",
+        [{"query": "q1", "passage": "p1"}, b"\xff\n", {"query": "", "passage": "p"}],
+    )
+    write(
+        tmp_path / "b.jsonl",
+        [{"query": "q2", "passage": "p2"}, {"query": "q3", "passage": "x" * 101}],
+    )
     settings = config(tmp_path / "a.jsonl", tmp_path / "b.jsonl").replace(max_chars=100)
     pairs = ingest(settings, [], Root(str(tmp_path / "root")))
     assert pairs.read()["query"].to_pylist() == ["q1", "q2"]
@@ -33,13 +47,20 @@ def test_rows_in_are_rows_out_and_rejects_with_reasons(ray_running, tmp_path):
         ("a.jsonl", 3, "query is empty"),
         ("b.jsonl", 2, "passage is over 100 characters"),
     ]
-    assert pairs.manifest["rejects"] == {"not UTF-8": 1, "query is empty": 1, "passage is over 100 characters": 1}
+    assert pairs.manifest["rejects"] == {
+        "not UTF-8": 1,
+        "query is empty": 1,
+        "passage is over 100 characters": 1,
+    }
 
 
 def test_passages_of_a_retrieval_test_never_get_in(ray_running, tmp_path, beir_folder, pairs_file):
-    corpus = [json.loads(line)["text"] for line in (beir_folder / "corpus.jsonl").read_text().splitlines()]
+    corpus = [
+        json.loads(line)["text"] for line in (beir_folder / "corpus.jsonl").read_text().splitlines()
+    ]
     write(
-        tmp_path / "a.jsonl", [{"query": "q", "passage": f"  {corpus[3].upper()} "}, {"query": "q", "passage": "free"}]
+        tmp_path / "a.jsonl",
+        [{"query": "q", "passage": f"  {corpus[3].upper()} "}, {"query": "q", "passage": "free"}],
     )
     test = RetrievalTestConfig(name="t", format="beir", path=str(beir_folder))
     pairs = ingest(config(tmp_path / "a.jsonl"), [test], Root(str(tmp_path / "root")))
@@ -52,7 +73,11 @@ def test_a_fraction_keeps_the_same_pairs_however_files_are_cut(ray_running, tmp_
     write(tmp_path / "a.jsonl", lines[:100])
     write(tmp_path / "b.jsonl", lines[100:])
     whole = ingest(config(pairs_file, fraction=0.4), [], Root(str(tmp_path / "root")))
-    parts = ingest(config(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fraction=0.4), [], Root(str(tmp_path / "root")))
+    parts = ingest(
+        config(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fraction=0.4),
+        [],
+        Root(str(tmp_path / "root")),
+    )
     assert whole.read().equals(parts.read())
     assert 40 < whole.num_rows < 90
     assert whole.manifest["rejects"] == {"not in the fraction to keep": 160 - whole.num_rows}
@@ -63,7 +88,9 @@ def test_a_finished_artifact_is_found_and_a_changed_file_makes_another(ray_runni
     root = Root(str(tmp_path / "root"))
     first = ingest(config(tmp_path / "a.jsonl"), [], root)
     assert ingest(config(tmp_path / "a.jsonl"), [], root).manifest == first.manifest
-    write(tmp_path / "a.jsonl", [{"query": "q1", "passage": "p1"}, {"query": "q2", "passage": "p2"}])
+    write(
+        tmp_path / "a.jsonl", [{"query": "q1", "passage": "p1"}, {"query": "q2", "passage": "p2"}]
+    )
     assert ingest(config(tmp_path / "a.jsonl"), [], root).num_rows == 2
 
 
@@ -84,17 +111,31 @@ def line(query="q", passage="p"):
     {
         "as many rows as a batch": (line() * BATCH_ROWS, BATCH_ROWS, 0),
         "and one more": (line() * (BATCH_ROWS + 1), BATCH_ROWS + 1, 0),
-        "as many rows as two batches, without a last line end": ((line() * 2 * BATCH_ROWS)[:-1], 2 * BATCH_ROWS, 0),
+        "as many rows as two batches, without a last line end": (
+            (line() * 2 * BATCH_ROWS)[:-1],
+            2 * BATCH_ROWS,
+            0,
+        ),
         "empty": (b"", 0, 0),
         "blank lines only": (b"\n \r\n\t\n", 0, 0),
         "a byte order mark only": (b"\xef\xbb\xbf", 0, 0),
-        "a byte order mark and line ends of Windows": (b"\xef\xbb\xbf" + line()[:-1] + b"\r\n\r\n" + line(), 2, 0),
-        "no row that can be read in a batch": (line() + b"{\n" * 2 * BATCH_ROWS + line(), 2, 2 * BATCH_ROWS),
+        "a byte order mark and line ends of Windows": (
+            b"\xef\xbb\xbf" + line()[:-1] + b"\r\n\r\n" + line(),
+            2,
+            0,
+        ),
+        "no row that can be read in a batch": (
+            line() + b"{\n" * 2 * BATCH_ROWS + line(),
+            2,
+            2 * BATCH_ROWS,
+        ),
         "no row that can be used": (line(" ") * (BATCH_ROWS + 1), 0, BATCH_ROWS + 1),
     }.values(),
 )
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
-def test_files_of_any_number_of_rows_are_read(read_here, tmp_path, ending, data, num_pairs, num_rejects):
+def test_files_of_any_number_of_rows_are_read(
+    read_here, tmp_path, ending, data, num_pairs, num_rejects
+):
     (tmp_path / f"a.{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
     pairs, rejects, manifest = read_here({"format": "jsonl", "path": "."}, tmp_path)
     assert (len(pairs), len(rejects)) == (num_pairs, num_rejects)
@@ -108,8 +149,15 @@ def test_files_without_a_row_are_read(read_here, tmp_path):
     (tmp_path / "zero_bytes.jsonl.gz").touch()
     for name in ("collection", "queries.train", "qrels.train"):
         (tmp_path / f"{name}.tsv").touch()
-    for settings in (("parquet", "no_rows.parquet"), ("parquet", "no_groups.parquet"), ("jsonl", "."), ("tsv", ".")):
-        pairs, rejects, _ = read_here(dict(zip(("format", "path"), settings, strict=True)), tmp_path)
+    for settings in (
+        ("parquet", "no_rows.parquet"),
+        ("parquet", "no_groups.parquet"),
+        ("jsonl", "."),
+        ("tsv", "."),
+    ):
+        pairs, rejects, _ = read_here(
+            dict(zip(("format", "path"), settings, strict=True)), tmp_path
+        )
         assert pairs == rejects == []
 
 
@@ -133,7 +181,10 @@ def test_a_row_that_no_parser_or_column_takes_is_a_reject(read_here, tmp_path, m
     )
     settings = {"format": "jsonl", "path": "a.jsonl", "columns": {"topic": "topic"}}
     pairs, rejects, _ = read_here(settings, tmp_path)
-    assert [(row["query"], row["passage"], row["topic"]) for row in pairs] == [("q", "p", None), ("q", "p", "5")]
+    assert [(row["query"], row["passage"], row["topic"]) for row in pairs] == [
+        ("q", "p", None),
+        ("q", "p", "5"),
+    ]
     assert {row["file"] for row in rejects} == {str(tmp_path / "a.jsonl")}
     assert sorted((row["row"], row["reason"]) for row in rejects) == [
         (2, "query holds half of a surrogate pair"),
@@ -173,7 +224,9 @@ def test_bad_rows_of_a_tsv_join_are_rejects_of_their_own_file(read_here, tmp_pat
         ("queries.train.tsv", 2, "not an id, a tab and a text"),
         ("queries.train.tsv", 3, "not UTF-8"),
     ]
-    assert manifest["num_rows_in"] == 7 + 4  # judgements, and lines of the other files that cannot be read
+    assert (
+        manifest["num_rows_in"] == 7 + 4
+    )  # judgements, and lines of the other files that cannot be read
 
 
 def test_bad_rows_of_a_beir_folder_are_rejects_of_their_own_file(read_here, tmp_path):
@@ -219,7 +272,9 @@ def test_bad_rows_of_beir_tables_are_rejects_of_their_own_file(read_here, tmp_pa
 def test_any_number_of_rejects_is_written_in_row_groups(read_here, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.ingest._REJECTS_ROWS", 100)
     held, spill = [], _Rejects._spill
-    monkeypatch.setattr(_Rejects, "_spill", lambda self: (held.append(len(self._held)), spill(self)))
+    monkeypatch.setattr(
+        _Rejects, "_spill", lambda self: (held.append(len(self._held)), spill(self))
+    )
     write(tmp_path / "a.jsonl", [line("" if number % 3 else "q") for number in range(1000)])
     _, rejects, manifest = read_here({"format": "jsonl", "path": "a.jsonl"}, tmp_path)
     assert max(held) == 100
@@ -228,5 +283,7 @@ def test_any_number_of_rejects_is_written_in_row_groups(read_here, tmp_path, mon
 
 
 def test_a_fraction_smaller_than_an_id_can_tell_keeps_nothing(read_here, tmp_path, pairs_file):
-    pairs, _, manifest = read_here({"format": "jsonl", "path": str(pairs_file), "fraction": 1e-20}, tmp_path)
+    pairs, _, manifest = read_here(
+        {"format": "jsonl", "path": str(pairs_file), "fraction": 1e-20}, tmp_path
+    )
     assert pairs == [] and manifest["rejects"] == {"not in the fraction to keep": 160}

@@ -10,14 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from clusterlib.artifact import resolve
+from clusterlib.artifacts.artifact import resolve
 from pipelines.retrieval_tests import RetrievalTestConfig
 from pipelines.sources import InputConfig, origin, package_content
 
 JUDGED = "query-id\tcorpus-id\tscore\nx\ta\t1\n"
 LAYOUTS = {
     "jsonl": {"in.jsonl": json.dumps({"query": "one", "passage": "two"})},
-    "tsv": {"collection.tsv": "1\tone\n", "queries.train.tsv": "1\ttwo\n", "qrels.train.tsv": "1\t0\t1\t1\n"},
+    "tsv": {
+        "collection.tsv": "1\tone\n",
+        "queries.train.tsv": "1\ttwo\n",
+        "qrels.train.tsv": "1\t0\t1\t1\n",
+    },
     "beir": {
         "corpus.jsonl": json.dumps({"_id": "a", "text": "one"}),
         "queries.jsonl": json.dumps({"_id": "x", "text": "two"}),
@@ -66,7 +70,11 @@ def test_touched_or_copied_files_are_the_same(laid_out, tmp_path, make, format):
 def test_an_edit_of_equal_size_is_seen_though_its_time_is_put_back(laid_out, make, format):
     folder = laid_out(format)
     found = [origin(make(folder, format))]
-    read = [name for name in LAYOUTS[format] if name != ("qrels/train.tsv" if make is as_test else "qrels/test.tsv")]
+    read = [
+        name
+        for name in LAYOUTS[format]
+        if name != ("qrels/train.tsv" if make is as_test else "qrels/test.tsv")
+    ]
     for name in read:
         path = folder / name
         stat = path.stat()

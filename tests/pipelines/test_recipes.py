@@ -9,14 +9,16 @@ import pytest
 from click.testing import CliRunner
 
 import pipelines.recipes
-from clusterlib.config import read_yaml
+from clusterlib.artifacts.config import read_yaml
 from pipelines.cli import main
 
 RECIPES = sorted(Path(pipelines.recipes.__file__).parent.glob("*.yaml"))
 
 
 def write_input(data, config):
-    """What an input or a retrieval test of a recipe reads; docstrings are those of installed packages."""
+    """What an input or a retrieval test of a recipe reads; docstrings are those of installed
+    packages.
+    """
     path = data / config["path"]
     if config["format"] == "parquet":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,14 @@ def test_a_recipe_resolves_once_its_inputs_are_there(path, tmp_path):
     assert recipe["name"] == path.stem
     for config in [*recipe["ingest"]["inputs"], *recipe["evaluate"].get("tests", [])]:
         write_input(tmp_path / "data", config)
-    words = ["run", path.stem, f"data={tmp_path}/data", "--dry-run", "--root", str(tmp_path / "root")]
+    words = [
+        "run",
+        path.stem,
+        f"data={tmp_path}/data",
+        "--dry-run",
+        "--root",
+        str(tmp_path / "root"),
+    ]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     owners = {line.split()[-1] for line in result.output.splitlines() if line.startswith("to make")}

@@ -2,7 +2,9 @@ from pipelines.retrieval_tests import RetrievalTestConfig, passage_ids, read_tes
 
 
 def test_beir_folders(judged_folder):
-    test = read_test(RetrievalTestConfig(name="t", format="beir", path=str(judged_folder), split="train"))
+    test = read_test(
+        RetrievalTestConfig(name="t", format="beir", path=str(judged_folder), split="train")
+    )
     assert test.judgements == {"x": {"a": 2, "b": 1}}
     assert dict(test.queries) == {"x": "q x"} and set(test.corpus) == {"a", "b"}
     assert len(passage_ids(test)) == 2

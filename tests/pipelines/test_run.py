@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from clusterlib.artifact import Root
+from clusterlib.artifacts.artifact import Root
 from pipelines.cli import main
 from pipelines.run import Chain, Run, load_recipe
 
@@ -24,7 +24,9 @@ def digests(root):
     found = {}
     for artifact in root.artifacts():
         if artifact.kind == "model":
-            found[artifact.name] = [part.sha256 for table in ("export", "tests") for part in artifact.parts(table)]
+            found[artifact.name] = [
+                part.sha256 for table in ("export", "tests") for part in artifact.parts(table)
+            ]
         elif artifact.kind != "report":
             found[artifact.name] = [part.sha256 for part in artifact.parts()]
     return found
@@ -33,7 +35,16 @@ def digests(root):
 def start(recipe, root, *overrides):
     """The command in a process and a Ray of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *overrides, "--root", str(root)],
+        [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "run",
+            str(recipe),
+            *overrides,
+            "--root",
+            str(root),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -55,17 +66,37 @@ def test_the_run_makes_every_artifact_and_prints_the_scores(finished):
     for artifact in root.artifacts():
         artifact.verify()
         counts[artifact.kind] = counts.get(artifact.kind, 0) + 1
-    assert counts == {"pairs": 1, "embeddings": 1, "centroids": 1, "shards": 1, "model": 2, "scores": 3, "report": 1}
-    for word in ("NDCG@10", "recall@100", "MRR@10", "random", "cluster - random", "teacher", "report.html"):
+    assert counts == {
+        "pairs": 1,
+        "embeddings": 1,
+        "centroids": 1,
+        "shards": 1,
+        "model": 2,
+        "scores": 3,
+        "report": 1,
+    }
+    for word in (
+        "NDCG@10",
+        "recall@100",
+        "MRR@10",
+        "random",
+        "cluster - random",
+        "teacher",
+        "report.html",
+    ):
         assert word in output
 
 
 def test_the_same_command_again_does_nothing(finished, recipe):
     root, output, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()
+    }
     result = CliRunner().invoke(main, ["run", str(recipe), "--root", root.uri])
     assert result.exit_code == 0
-    assert {path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in Path(root.path).rglob("*") if path.is_file()
+    } == before
     assert [line for line in result.stdout.splitlines() if line.startswith("report")] == [
         line for line in output.splitlines() if line.startswith("report")
     ]
@@ -77,8 +108,12 @@ def test_models_recorded_every_step_and_no_checkpoint_is_left(finished):
         steps = model.read("steps").to_pylist()
         assert [row["step"] for row in steps] == list(range(12))
         strategy = model.config["batching"]["strategy"]
-        assert {row["stratum"].split("/")[0] for row in steps} == {"all" if strategy == "random" else "jsonl"}
-        assert all(np.isfinite([row["loss"], row["gradient_norm"], row["hardness"]]).all() for row in steps)
+        assert {row["stratum"].split("/")[0] for row in steps} == {
+            "all" if strategy == "random" else "jsonl"
+        }
+        assert all(
+            np.isfinite([row["loss"], row["gradient_norm"], row["hardness"]]).all() for row in steps
+        )
         assert not Path(model.path, "checkpoints").exists()
         assert model.stats["phases"][0]["total"]["pure_fraction"] == 1.0 or strategy == "cluster"
 
@@ -88,7 +123,11 @@ def test_tests_in_the_loop_score_as_evaluate_does_and_the_best_is_kept(finished)
     models = [artifact for artifact in root.artifacts() if artifact.kind == "model"]
     (model,) = (model for model in models if model.parts("tests"))
     rows = model.read("tests").to_pylist()
-    means = {row["step"]: row["value"] for row in rows if (row["task"], row["metric"]) == ("mean", "ndcg_at_10")}
+    means = {
+        row["step"]: row["value"]
+        for row in rows
+        if (row["task"], row["metric"]) == ("mean", "ndcg_at_10")
+    }
     assert list(means) == [3, 6, 9, 12]
     kept = model.stats["kept_step"]
     assert means[kept] == max(means.values())
@@ -96,19 +135,27 @@ def test_tests_in_the_loop_score_as_evaluate_does_and_the_best_is_kept(finished)
     (scores,) = (
         artifact.read().to_pylist()
         for artifact in root.artifacts()
-        if artifact.kind == "scores" and artifact.manifest["inputs"].get("model") == model.fingerprint
+        if artifact.kind == "scores"
+        and artifact.manifest["inputs"].get("model") == model.fingerprint
     )
     in_loop = [row for row in rows if row["step"] == kept]
     assert len(in_loop) == len(scores) == 6
     for found, row in zip(in_loop, scores, strict=True):
-        assert row.pop("run") == "random" and row.pop("value") == pytest.approx(found.pop("value"), abs=1e-6)
+        assert row.pop("run") == "random" and row.pop("value") == pytest.approx(
+            found.pop("value"), abs=1e-6
+        )
         assert found == row
 
 
 def test_tensorboard_has_every_step_and_test(finished, recipe):
     folder = load_recipe(str(recipe), {}).train.tensorboard_dir
     data = b"".join(path.read_bytes() for path in Path(folder).glob("random-*/events.*"))
-    for name in ("train/loss", "train/learning_rate", "train/pairs_per_second", "test/local/ndcg_at_10"):
+    for name in (
+        "train/loss",
+        "train/learning_rate",
+        "train/pairs_per_second",
+        "test/local/ndcg_at_10",
+    ):
         assert name.encode() in data
     assert b"histogram" not in data and not list(Path(folder).glob("cluster-*"))
 
@@ -143,12 +190,16 @@ def test_inspect_shows_every_artifact_with_its_lineage(finished):
         assert shown.exit_code == 0 and artifact.path in shown.output
     report = CliRunner().invoke(main, ["inspect", "report", "--root", root.uri]).output
     assert "pairs/" in report and "(gone)" not in report
-    described = json.loads(CliRunner().invoke(main, ["inspect", "--json", "--root", root.uri]).stdout)
+    described = json.loads(
+        CliRunner().invoke(main, ["inspect", "--json", "--root", root.uri]).stdout
+    )
     by_name = {f"{item['kind']}/{item['fingerprint']}": item for item in described}
     assert by_name.keys() == {artifact.name for artifact in root.artifacts()}
     for artifact in root.artifacts():
         item = by_name[artifact.name]
-        assert item["tables"].get(artifact.kind, {"num_rows": 0})["num_rows"] == item["num_rows_out"]
+        assert (
+            item["tables"].get(artifact.kind, {"num_rows": 0})["num_rows"] == item["num_rows_out"]
+        )
         assert {f"{kind.split('.')[0]}/{made}" for kind, made in item["inputs"].items()} <= {
             source["name"] for source in item["made_from"]
         }
@@ -187,7 +238,9 @@ def test_any_model_is_scored_on_the_recipes_tests(finished, recipe):
     words = ["evaluate", str(recipe), "--model", f"{model.path}/export", "--root", root.uri]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    scored = [artifact.read().to_pylist() for artifact in root.artifacts() if artifact.kind == "scores"]
+    scored = [
+        artifact.read().to_pylist() for artifact in root.artifacts() if artifact.kind == "scores"
+    ]
     values = [rows[0]["value"] for rows in scored if rows[0]["run"] == f"{model.path}/export"]
     arms = [rows[0]["value"] for rows in scored if rows[0]["run"] in ("random", "cluster")]
     assert len(values) == 1 and values[0] in arms
@@ -197,7 +250,14 @@ def test_any_model_is_scored_on_the_recipes_tests(finished, recipe):
 @pytest.mark.timeout(600)
 def test_tune_tries_every_k_on_the_same_shards(finished, recipe):
     root, _, _ = finished
-    words = ["tune", str(recipe), "tune.space={batching.k: [1, 2, 4]}", "train.steps=3", "--root", root.uri]
+    words = [
+        "tune",
+        str(recipe),
+        "tune.space={batching.k: [1, 2, 4]}",
+        "train.steps=3",
+        "--root",
+        root.uri,
+    ]
     before = {artifact.name for artifact in root.artifacts()}
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
@@ -214,7 +274,10 @@ def test_a_run_on_an_object_store_makes_the_same(finished, recipe, pairs_file, b
     store = Root(bucket)
     with store.fs.open_output_stream(f"{store.path}/in/pairs.jsonl") as stream:
         stream.write(pairs_file.read_bytes())
-    changes = ["arms={cluster: {}}", f"ingest.inputs=[{{source: jsonl, format: jsonl, path: '{bucket}/in/*.jsonl'}}]"]
+    changes = [
+        "arms={cluster: {}}",
+        f"ingest.inputs=[{{source: jsonl, format: jsonl, path: '{bucket}/in/*.jsonl'}}]",
+    ]
     process = start(recipe, f"{bucket}/runs", *changes)
     assert process.wait() == 0
     made = Root(f"{bucket}/runs")
@@ -222,11 +285,16 @@ def test_a_run_on_an_object_store_makes_the_same(finished, recipe, pairs_file, b
     for artifact in made.artifacts():
         artifact.verify()
         kinds.append(artifact.kind)
-        # The paths of inputs are in the fingerprints, and in the model's card, but not in the content.
+        # The paths of inputs are in the fingerprints, and in the model's card, but not in the
+        # content.
         table = "export" if artifact.kind == "model" else artifact.kind
-        digests = [part.sha256 for part in artifact.parts(table) if not part.path.endswith("README.md")]
+        digests = [
+            part.sha256 for part in artifact.parts(table) if not part.path.endswith("README.md")
+        ]
         assert artifact.kind == "report" or any(
-            set(digests) <= set(same) for name, same in undisturbed.items() if name.startswith(f"{artifact.kind}/")
+            set(digests) <= set(same)
+            for name, same in undisturbed.items()
+            if name.startswith(f"{artifact.kind}/")
         )
     assert sorted(kinds) == sorted(
         ["pairs", "embeddings", "centroids", "shards", "model", "scores", "scores", "report"]
@@ -249,8 +317,12 @@ def test_killed_in_every_stage_it_ends_the_same(finished, recipe, tmp_path):
     ):
         process = start(recipe, root)
         deadline = time.monotonic() + 240
-        while not (list(root.glob(f"{kind}/*/{sign}")) or list(root.glob(f"{kind}/*/manifest.json"))):
-            assert process.poll() is None and time.monotonic() < deadline, f"{kind} never came so far"
+        while not (
+            list(root.glob(f"{kind}/*/{sign}")) or list(root.glob(f"{kind}/*/manifest.json"))
+        ):
+            assert process.poll() is None and time.monotonic() < deadline, (
+                f"{kind} never came so far"
+            )
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -266,7 +338,9 @@ def test_killed_in_every_stage_it_ends_the_same(finished, recipe, tmp_path):
         assert steps == list(range(12))
 
 
-def test_relative_paths_are_absolute_once_the_recipe_is_loaded(recipe, tmp_path, monkeypatch, teacher_folder):
+def test_relative_paths_are_absolute_once_the_recipe_is_loaded(
+    recipe, tmp_path, monkeypatch, teacher_folder
+):
     """A driver, a job and a worker have working folders of their own."""
     (tmp_path / "in").mkdir()
     (tmp_path / "model").symlink_to(teacher_folder)
@@ -290,7 +364,11 @@ def test_relative_paths_are_absolute_once_the_recipe_is_loaded(recipe, tmp_path,
     paths = [item.path for item in config.ingest.inputs]
     assert paths == [str(tmp_path / "in/a/*.jsonl"), "s3://bucket/b", "numpy", "owner/data"]
     assert config.evaluate.tests[0].path == str(tmp_path / "in/test")
-    assert config.embed.teacher.name == config.arm_configs()["other"].embed.teacher.name == str(tmp_path / "model")
+    assert (
+        config.embed.teacher.name
+        == config.arm_configs()["other"].embed.teacher.name
+        == str(tmp_path / "model")
+    )
 
 
 def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, pairs_file):
@@ -298,7 +376,9 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         shutil.copy(pairs_file, tmp_path / place / "pairs.jsonl")  # at another time
-        config = load_recipe(str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"})
+        config = load_recipe(
+            str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"}
+        )
         names.append(Chain(config).pairs.name)
     assert names[0] == names[1]
 
@@ -306,7 +386,7 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
 def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path, monkeypatch):
     """An arm that names another model must not ask for it at the commit of the recipe's."""
     commits = {"owner/one": "1" * 40, "owner/two": "2" * 40, "owner/three": "3" * 40}
-    monkeypatch.setattr("clusterlib.hub.commit", lambda name, revision: commits[name])
+    monkeypatch.setattr("clusterlib.artifacts.hub.commit", lambda name, revision: commits[name])
     bm25 = {"name": "mteb/baseline-bm25s"}
     config = load_recipe(
         str(recipe),
@@ -338,6 +418,8 @@ def test_arms_that_differ_in_what_they_do_not_use_are_one_model(recipe):
         "two": {"batching.strategy": "random", "batching.k": 4},
         "three": {},
     }
-    chains = [Chain(config) for config in load_recipe(str(recipe), {"arms": arms}).arm_configs().values()]
+    chains = [
+        Chain(config) for config in load_recipe(str(recipe), {"arms": arms}).arm_configs().values()
+    ]
     names = [chain.model.name for chain in chains]
     assert names[0] == names[1] != names[2]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterlib.config import validate
+from clusterlib.artifacts.config import validate
+from clusterlib.artifacts.hub import commit
 from clusterlib.errors import StrataError
-from clusterlib.hub import commit
 from pipelines.files import split_pattern
 from pipelines.sources import Columns, InputConfig, origin, read, splits
 
@@ -26,7 +26,12 @@ def rows_of(config, folder="/"):
     good, bad = [], []
     for split in splits(config.located(str(folder))):
         for table in read(split, lambda file, row, reason: bad.append((row, reason))):
-            good += list(zip(*(table[name].to_pylist() for name in ("query", "passage", "topic")), strict=True))
+            good += list(
+                zip(
+                    *(table[name].to_pylist() for name in ("query", "passage", "topic")),
+                    strict=True,
+                )
+            )
     return good, bad
 
 
@@ -69,12 +74,18 @@ def test_inputs_on_another_file_system(table):
     parquet = config("inputs", format="parquet", columns=COLUMNS)
     assert rows_of(parquet, "memory://")[0] == ROWS
     assert len(origin(parquet.located("memory://"))) == 1
-    lines = config("memory://inputs/*.jsonl", format="jsonl", columns=Columns(query="title", passage="abstract"))
+    lines = config(
+        "memory://inputs/*.jsonl",
+        format="jsonl",
+        columns=Columns(query="title", passage="abstract"),
+    )
     assert rows_of(lines)[0] == [("q4", "p4", None)]
 
 
 def test_a_topic_that_is_no_label_is_refused(tmp_path):
-    pq.write_table(pa.table({"query": ["q"], "passage": ["p"], "topic": [[{"a": 1}]]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"query": ["q"], "passage": ["p"], "topic": [[{"a": 1}]]}), tmp_path / "a.parquet"
+    )
     with pytest.raises(StrataError, match="columns.topic: 'topic' is list<.*not a label"):
         rows_of(config("a.parquet", format="parquet", columns=Columns(topic="topic")), tmp_path)
 
@@ -83,7 +94,8 @@ def test_a_wrong_column_is_told_with_those_there_are(tmp_path, table):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(
         StrataError,
-        match=r"a\.parquet: no column 'query' for columns\.query; the columns are abstract, title, label, x",
+        match=r"a\.parquet: no column 'query' for columns\.query; "
+        r"the columns are abstract, title, label, x",
     ):
         rows_of(config("a.parquet", format="parquet"), tmp_path)
 
@@ -121,7 +133,9 @@ def test_json_lines_with_bad_rows(tmp_path, name):
 
 
 def test_a_truncated_gzip_file_is_named(tmp_path):
-    data = gzip.compress(b"\n".join(json.dumps({"query": f"q{n}", "passage": f"p{n}"}).encode() for n in range(5000)))
+    data = gzip.compress(
+        b"\n".join(json.dumps({"query": f"q{n}", "passage": f"p{n}"}).encode() for n in range(5000))
+    )
     (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
     with pytest.raises(StrataError, match=r"a\.jsonl\.gz: cannot be read to its end"):
         rows_of(config("a.jsonl.gz", format="jsonl"), tmp_path)
@@ -136,7 +150,9 @@ def test_missing_inputs_are_named(tmp_path, format):
 def test_ms_marco_layout_joins_queries_and_collection(tmp_path):
     (tmp_path / "collection.tsv").write_text("7\tp seven\n8\tp eight\n9\tp nine, with\ttab\n")
     (tmp_path / "queries.train.tsv").write_text("1\tq one\n2\tq two\n")
-    (tmp_path / "qrels.train.tsv").write_text("1\t0\t9\t1\n2\t0\t7\t1\n1\t0\t8\t0\n5\t0\t7\t1\n2\t0\t77\t1\n")
+    (tmp_path / "qrels.train.tsv").write_text(
+        "1\t0\t9\t1\n2\t0\t7\t1\n1\t0\t8\t0\n5\t0\t7\t1\n2\t0\t77\t1\n"
+    )
     good, bad = rows_of(config(".", format="tsv"), tmp_path)
     assert good == [("q two", "p seven", None), ("q one", "p nine, with\ttab", None)]
     assert sorted(bad) == [
@@ -158,7 +174,10 @@ def test_hugging_face_data_sets_by_local_folder(tmp_path, table):
     good, bad = rows_of(config("set", format="huggingface", columns=COLUMNS), tmp_path)
     assert good == ROWS and bad == []
     with pytest.raises(StrataError, match="no column 'nope'"):
-        rows_of(config("set", format="huggingface", columns=Columns(query="nope", passage="abstract")), tmp_path)
+        rows_of(
+            config("set", format="huggingface", columns=Columns(query="nope", passage="abstract")),
+            tmp_path,
+        )
     with pytest.raises(StrataError, match="set: the data set cannot be loaded"):
         rows_of(config("set", format="huggingface", split="nope", columns=COLUMNS), tmp_path)
 
@@ -173,11 +192,18 @@ def test_a_changed_file_is_another_origin(tmp_path, table):
 
 
 def names_of(path, folder, format="jsonl"):
-    return [split.file.removeprefix(f"{folder}/") for split in splits(config(path, format=format).located(str(folder)))]
+    return [
+        split.file.removeprefix(f"{folder}/")
+        for split in splits(config(path, format=format).located(str(folder)))
+    ]
 
 
 NAMES = st.sampled_from(["a", "b.jsonl", "a.jsonl", ".a", "a[1].jsonl", "[", "*", "?b", "1"])
-PARTS = st.one_of(NAMES, NAMES.map(glob.escape), st.sampled_from(["*", "**", "*.jsonl", "?", "[ab]*", "[!a]*", ".*"]))
+PARTS = st.one_of(
+    NAMES,
+    NAMES.map(glob.escape),
+    st.sampled_from(["*", "**", "*.jsonl", "?", "[ab]*", "[!a]*", ".*"]),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -209,9 +235,15 @@ def test_a_star_stays_in_its_folder_and_brackets_are_escaped(tmp_path):
     for name in ("faq/a.jsonl", "faq/old/x.jsonl", "faq/.b.jsonl", "data[1].jsonl"):
         (folder / name).touch()
     assert names_of("faq/*.jsonl", folder) == ["faq/a.jsonl"]
-    assert names_of("faq/**/*.jsonl", folder) == names_of("faq", folder) == ["faq/a.jsonl", "faq/old/x.jsonl"]
+    assert (
+        names_of("faq/**/*.jsonl", folder)
+        == names_of("faq", folder)
+        == ["faq/a.jsonl", "faq/old/x.jsonl"]
+    )
     assert names_of("data[[]1].jsonl", folder) == ["data[1].jsonl"]
-    with pytest.raises(StrataError, match=r"data\[1\]\.jsonl: a pattern .* write data\[\[\]1\]\.jsonl for the file"):
+    with pytest.raises(
+        StrataError, match=r"data\[1\]\.jsonl: a pattern .* write data\[\[\]1\]\.jsonl for the file"
+    ):
         names_of("data[1].jsonl", folder)
     (folder / "data1.jsonl").touch()
     assert names_of("data[1].jsonl", folder) == ["data1.jsonl"]
@@ -221,9 +253,14 @@ def test_patterns_in_uris_may_hold_question_marks(bucket, monkeypatch):
     import boto3
 
     for name in ("faq/a1.jsonl", "faq/a2.jsonl", "faq/old/a3.jsonl"):
-        boto3.client("s3").put_object(Bucket="bucket", Key=name, Body=b'{"query": "q", "passage": "p"}\n')
+        boto3.client("s3").put_object(
+            Bucket="bucket", Key=name, Body=b'{"query": "q", "passage": "p"}\n'
+        )
     assert names_of("s3://bucket/faq/a?.jsonl", "bucket") == ["faq/a1.jsonl", "faq/a2.jsonl"]
-    assert names_of("faq/**/a[13].jsonl", "s3://bucket") == ["bucket/faq/a1.jsonl", "bucket/faq/old/a3.jsonl"]
+    assert names_of("faq/**/a[13].jsonl", "s3://bucket") == [
+        "bucket/faq/a1.jsonl",
+        "bucket/faq/old/a3.jsonl",
+    ]
     assert rows_of(config("faq/*[2].jsonl", format="jsonl"), "s3://bucket")[0] == [("q", "p", None)]
     assert len(origin(config("s3://bucket/faq/a?.jsonl", format="jsonl"))) == 2
 
@@ -231,14 +268,20 @@ def test_patterns_in_uris_may_hold_question_marks(bucket, monkeypatch):
 @pytest.mark.parametrize("format", ["parquet", "beir"])
 def test_two_columns_of_one_name_are_named(tmp_path, format):
     columns = [pa.array(["a"])] * 4
-    pq.write_table(pa.Table.from_arrays(columns, ["query", "passage", "query", "x"]), tmp_path / "a.parquet")
-    pq.write_table(pa.Table.from_arrays(columns, ["_id", "text", "text", "x"]), tmp_path / "corpus.parquet")
+    pq.write_table(
+        pa.Table.from_arrays(columns, ["query", "passage", "query", "x"]), tmp_path / "a.parquet"
+    )
+    pq.write_table(
+        pa.Table.from_arrays(columns, ["_id", "text", "text", "x"]), tmp_path / "corpus.parquet"
+    )
     for name in ("queries", "qrels"):
         (tmp_path / f"{name}.parquet").symlink_to("corpus.parquet")
     path, name = ("a.parquet", "query") if format == "parquet" else (".", "text")
     with pytest.raises(StrataError, match=rf"\.parquet: 2 columns are called '{name}'"):
         rows_of(config(path, format=format), tmp_path)
-    assert rows_of(config("a.parquet", format="parquet", columns=Columns(query="x")), tmp_path)[0] == [("a", "a", None)]
+    assert rows_of(config("a.parquet", format="parquet", columns=Columns(query="x")), tmp_path)[
+        0
+    ] == [("a", "a", None)]
 
 
 class Hub:
@@ -279,10 +322,13 @@ def test_a_data_set_on_the_hub_is_pinned_to_a_commit(hub, tmp_path, table, monke
 
     monkeypatch.setattr("datasets.load_dataset_builder", load)
     plain, tagged = (
-        config("o/set", format="huggingface", revision=name, columns=COLUMNS).located("/") for name in (None, "v2")
+        config("o/set", format="huggingface", revision=name, columns=COLUMNS).located("/")
+        for name in (None, "v2")
     )
     assert [origin(plain), origin(tagged)] == ["1" * 40, "2" * 40]
-    assert plain.content() == tagged.content()  # the commit says what it is, by whatever name it was asked for
+    assert (
+        plain.content() == tagged.content()
+    )  # the commit says what it is, by whatever name it was asked for
     hub.commits["o/set", None] = "3" * 40  # a push between the fingerprint and the load
     assert rows_of(plain)[0] == ROWS and rows_of(tagged)[0] == ROWS
     assert asked == [("hf://datasets/o/set", "1" * 40), ("hf://datasets/o/set", "2" * 40)]
@@ -292,20 +338,35 @@ def test_without_the_hub_a_data_set_is_its_name_and_the_user_is_told(hub, capsys
     hub.answers = False
     source = config("o/set", format="huggingface", revision="v2").located("/")
     assert origin(source) == origin(source) == {"revision": "v2"}
-    assert capsys.readouterr().err.count("o/set at v2: the hub does not say which commit this dataset is at") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "o/set at v2: the hub does not say which commit this dataset is at"
+        )
+        == 1
+    )
 
 
 def test_another_commit_than_the_one_in_the_fingerprint_is_not_loaded(hub, monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="9" * 40))
+    monkeypatch.setattr(
+        "datasets.load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="9" * 40)
+    )
     with pytest.raises(StrataError, match=f"o/set: .* cache has commit {'9' * 40}, not {'1' * 40}"):
         rows_of(config("o/set", format="huggingface"))
 
 
 def test_what_is_no_data_set_is_told_apart(hub, tmp_path):
-    with pytest.raises(StrataError, match="'s3://bucket/in' is a URI, .* read files at a URI with format parquet"):
-        validate(InputConfig, {"source": "s", "format": "huggingface", "path": "s3://bucket/in"}, "x.yaml")
+    with pytest.raises(
+        StrataError, match="'s3://bucket/in' is a URI, .* read files at a URI with format parquet"
+    ):
+        validate(
+            InputConfig,
+            {"source": "s", "format": "huggingface", "path": "s3://bucket/in"},
+            "x.yaml",
+        )
     with pytest.raises(StrataError, match="revision 'v2' is for format huggingface, not jsonl"):
-        validate(InputConfig, {"source": "s", "format": "jsonl", "path": "x", "revision": "v2"}, "x.yaml")
+        validate(
+            InputConfig, {"source": "s", "format": "jsonl", "path": "x", "revision": "v2"}, "x.yaml"
+        )
     with pytest.raises(StrataError, match="absent: no such file"):
         origin(config(tmp_path / "absent", format="huggingface").located("/"))
 
@@ -316,11 +377,17 @@ def test_a_hub_that_knows_no_such_data_set_is_an_error(monkeypatch):
 
     def refuse(*_, **__):
         request = httpx2.Request("GET", "https://huggingface.co")
-        raise RepositoryNotFoundError("404 not found", response=httpx2.Response(404, request=request))
+        raise RepositoryNotFoundError(
+            "404 not found", response=httpx2.Response(404, request=request)
+        )
 
     monkeypatch.setattr("huggingface_hub.HfApi.resolve_revision", refuse)
-    with pytest.raises(StrataError, match="o/nope: the hub does not give this dataset .404 not found"):
+    with pytest.raises(
+        StrataError, match="o/nope: the hub does not give this dataset .404 not found"
+    ):
         origin(config("o/nope", format="huggingface").located("/"))
     monkeypatch.undo()
-    with pytest.raises(StrataError, match=r"\./a/b: neither a local folder nor the name of a dataset"):
+    with pytest.raises(
+        StrataError, match=r"\./a/b: neither a local folder nor the name of a dataset"
+    ):
         origin(config("./a/b", format="huggingface").located("/"))

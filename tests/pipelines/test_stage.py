@@ -4,8 +4,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from clusterlib.artifact import Root, Spec
-from clusterlib.draft import Draft, Receipt
+from clusterlib.artifacts.artifact import Root, Spec
+from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines.stage import Task, Workers, make
 
@@ -38,7 +38,9 @@ class Overtaken(Plain):
         def groups():
             yield rows(work)
             other = Draft(self.draft.root, self.draft.spec)
-            other.publish([Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"})
+            other.publish(
+                [Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"}
+            )
 
         return Receipt([self.draft.write("things", f"{work}", SCHEMA, groups())], work)
 
@@ -51,7 +53,9 @@ def draft(ray_running, tmp_path):
 def run(draft, worker):
     tasks = [Task(f"{work}", work, f"file {work}") for work in (1, 2, 3)]
     publish = functools.partial(draft.publish, stats={"by": "us"})
-    return make(draft, "test", tasks, functools.partial(worker, draft), Workers(max_workers=1), publish)
+    return make(
+        draft, "test", tasks, functools.partial(worker, draft), Workers(max_workers=1), publish
+    )
 
 
 def test_parts_are_in_task_order_and_a_failed_task_is_done_again(draft):
@@ -76,13 +80,20 @@ def test_a_driver_that_is_overtaken_while_it_publishes_returns_what_the_other_ma
 
         def groups():
             yield rows(6)
-            other.publish([Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"})
+            other.publish(
+                [Receipt([other.write("things", "0", SCHEMA, [rows(6)])], 6)], {"by": "other"}
+            )
 
         extra = draft.write("extra", "0", SCHEMA, groups())
         return draft.publish([*receipts, Receipt([extra])], {"by": "us"})
 
     made = make(
-        draft, "test", [Task("6", 6, "file 6")], functools.partial(Plain, draft), Workers(max_workers=1), publish
+        draft,
+        "test",
+        [Task("6", 6, "file 6")],
+        functools.partial(Plain, draft),
+        Workers(max_workers=1),
+        publish,
     )
     assert made.stats["by"] == "other"
     made.verify()

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from clusterlib.artifact import Root, Spec
-from clusterlib.draft import Draft
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import MEAN
+from clusterlib.artifacts.artifact import Root, Spec
+from clusterlib.artifacts.draft import Draft
+from clusterlib.artifacts.tables import MEAN
+from clusterlib.batches.plan import BatchingConfig, Plan
 from train import checkpoint
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.engine import Engine
@@ -36,7 +36,9 @@ def whole_state(engine):
 
 
 def count_reductions(monitored):
-    """Make every reduction over ranks add its number of elements to `monitored`, but for single numbers."""
+    """Make every reduction over ranks add its number of elements to `monitored`, but for single
+    numbers.
+    """
 
     def monitor(original):
         def counted(tensor, *arguments, **options):
@@ -65,8 +67,8 @@ def count_in_backward(engine, monitored):
 
 
 def keep_gradient(engine, monitored):
-    """A list that the next step leaves two things in before the update: how much was reduced so far, and the
-    reduced gradient."""
+    """A list that the next step leaves two things in before the update: how much was reduced so
+    far, and the reduced gradient."""
     from deepspeed.utils import safe_get_full_grad
 
     kept = []
@@ -74,7 +76,11 @@ def keep_gradient(engine, monitored):
 
     def take(*arguments):
         kept.append(sum(monitored))
-        kept.append(torch.cat([safe_get_full_grad(weight).ravel().clone() for weight in engine.model.parameters()]))
+        kept.append(
+            torch.cat(
+                [safe_get_full_grad(weight).ravel().clone() for weight in engine.model.parameters()]
+            )
+        )
         update(*arguments)
 
     engine._engine._take_model_step = take
@@ -135,8 +141,8 @@ def break_step(engine, number, rank):
 
 
 def score(model, tokenizer):
-    """A number that all weights of the exported model have a part in, found in a way that changes all that a test
-    in the loop could."""
+    """A number that all weights of the exported model have a part in, found in a way that changes
+    all that a test in the loop could."""
     from sentence_transformers import SentenceTransformer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -159,12 +165,16 @@ def main():
     if rank == 0:
         cache_shards(shards, Path(settings["cache"]), True)
     dist.barrier()
-    store = TokenStore(cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id, True)
+    store = TokenStore(
+        cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id, True
+    )
     plan = Plan(index, BatchingConfig(**settings["batching"]))
 
     def build(config):
         return Engine(
-            build_student(config.student, tokenizer, 64, config.seed, config.gradient_checkpointing),
+            build_student(
+                config.student, tokenizer, 64, config.seed, config.gradient_checkpointing
+            ),
             config.optimizer,
             config.precision,
             config.zero_stage,
@@ -204,7 +214,15 @@ def main():
         engine = build(config)
         planned = Plan(index, BatchingConfig(**run.get("batching", settings["batching"])))
         draft = Draft(Root(settings["root"]), Spec("model", 1, {"run": run.get("like", name)}))
-        miner = Miner(draft, Path(settings["cache"]), planned, store, engine, config.micro_batch_size, rank == 0)
+        miner = Miner(
+            draft,
+            Path(settings["cache"]),
+            planned,
+            store,
+            engine,
+            config.micro_batch_size,
+            rank == 0,
+        )
         progress = checkpoint.load(Path(run["load"]), engine, rank) if run["load"] else Progress()
         started_at = progress.step
         if run.get("break_step", -1) >= started_at:

@@ -24,7 +24,11 @@ class StillEngine:
 @pytest.fixture
 def folder(tmp_path, architecture):
     """Checkpoints after 2, 10 and 12 steps, beside a file that is none."""
-    config = TrainConfig(student={"architecture": architecture}, optimizer=OptimizerConfig(learning_rate=0.1), steps=12)
+    config = TrainConfig(
+        student={"architecture": architecture},
+        optimizer=OptimizerConfig(learning_rate=0.1),
+        steps=12,
+    )
     for step in (2, 10, 12):
         path = tmp_path / f"step-{step:09d}"
         path.mkdir()
@@ -61,7 +65,10 @@ def damage_state(path):
     ("damage", "message"),
     [
         (damage_state, "state.safetensors is not as it was written"),
-        (lambda path: (path / "state.safetensors").write_bytes(b""), "state.safetensors is not as it was written"),
+        (
+            lambda path: (path / "state.safetensors").write_bytes(b""),
+            "state.safetensors is not as it was written",
+        ),
         (lambda path: (path / "steps.parquet").unlink(), "it is incomplete"),
         (lambda path: (path / "best.safetensors").unlink(), "it is incomplete"),
         (lambda path: (path / "digests.json").unlink(), "it is incomplete"),

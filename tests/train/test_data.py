@@ -10,14 +10,27 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from clusterlib.errors import StrataError
-from train.data import TOKENIZER, TokenStore, cache_shards, check_teacher, deal, load_tokenizer, shard_index
+from train.data import (
+    TOKENIZER,
+    TokenStore,
+    cache_shards,
+    check_teacher,
+    deal,
+    load_tokenizer,
+    shard_index,
+)
 
 
 @pytest.fixture
 def opened(shards, tmp_path):
     artifact, table = shards
     index = shard_index(artifact)
-    return artifact, table, index, TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, pad_token_id=0)
+    return (
+        artifact,
+        table,
+        index,
+        TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, pad_token_id=0),
+    )
 
 
 def leaf_order(table):
@@ -26,7 +39,11 @@ def leaf_order(table):
 
 
 def rows_of(side):
-    flat = [ids[: int(mask.sum())].tolist() for pair in side.micro_batches for ids, mask in zip(*pair, strict=True)]
+    flat = [
+        ids[: int(mask.sum())].tolist()
+        for pair in side.micro_batches
+        for ids, mask in zip(*pair, strict=True)
+    ]
     return [flat[place] for place in side.places]
 
 
@@ -54,7 +71,9 @@ def test_planned_rows_are_read_whole(opened):
             strict=True,
         )
     )
-    assert batch.num_tokens == sum(map(len, wanted["query_tokens"].to_pylist() + wanted["passage_tokens"].to_pylist()))
+    assert batch.num_tokens == sum(
+        map(len, wanted["query_tokens"].to_pylist() + wanted["passage_tokens"].to_pylist())
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -76,30 +95,45 @@ def test_ranks_share_a_batch_out(opened, num_ranks):
 
 def contents(batch):
     """What was read of each row."""
-    columns = (batch.pairs.query_id.tolist(), batch.pairs.passage_id.tolist(), map(tuple, rows_of(batch.query)))
-    return dict(zip(batch.rows, zip(*columns, map(tuple, rows_of(batch.passage)), strict=True), strict=True))
+    columns = (
+        batch.pairs.query_id.tolist(),
+        batch.pairs.passage_id.tolist(),
+        map(tuple, rows_of(batch.query)),
+    )
+    return dict(
+        zip(batch.rows, zip(*columns, map(tuple, rows_of(batch.passage)), strict=True), strict=True)
+    )
 
 
 def num_tokens(batch):
-    return sum(int(mask.sum()) for side in (batch.query, batch.passage) for _, mask in side.micro_batches)
+    return sum(
+        int(mask.sum()) for side in (batch.query, batch.passage) for _, mask in side.micro_batches
+    )
 
 
 def test_ranks_that_do_not_divide_a_batch_are_refused(opened):
     _, _, _, store = opened
-    with pytest.raises(StrataError, match="a batch of 50 pairs cannot be shared out evenly over 4 ranks"):
+    with pytest.raises(
+        StrataError, match="a batch of 50 pairs cannot be shared out evenly over 4 ranks"
+    ):
         store.read(np.arange(50), 0, 4, 8)
 
 
 def test_ranks_have_as_many_tokens_where_sources_differ_in_length(tmp_path):
-    """Four sources of 40 to 220 tokens in files of their own, as random batches find them: slices in file order gave
-    the slowest of 8 ranks 1.82 times the mean."""
+    """Four sources of 40 to 220 tokens in files of their own, as random batches find them: slices
+    in file order gave the slowest of 8 ranks 1.82 times the mean."""
     generator = np.random.default_rng(0)
     rows_of_source = 512
     for file, mean in enumerate((40, 90, 150, 220)):
         lengths = np.maximum(4, generator.normal(mean, mean / 5, rows_of_source).astype(int))
         tokens = pa.array([[7] * (length // 2) for length in lengths], pa.list_(pa.uint16()))
         ids = pa.array(np.arange(rows_of_source, dtype=np.uint64) + file * rows_of_source)
-        columns = {"query_id": ids, "passage_id": ids, "query_tokens": tokens, "passage_tokens": tokens}
+        columns = {
+            "query_id": ids,
+            "passage_id": ids,
+            "query_tokens": tokens,
+            "passage_tokens": tokens,
+        }
         table = pa.table(columns)
         with pa.ipc.new_file(tmp_path / f"{file:06d}.arrow", table.schema) as writer:
             writer.write_table(table)
@@ -157,7 +191,9 @@ def test_shards_carry_their_tokenizer(opened):
 
 
 @pytest.mark.parametrize("special", [{"eos_token": "[SEP]"}, {}])
-def test_a_tokenizer_without_padding_pads_with_its_end_of_text(make_shards, tokenizer_folder, tmp_path, special):
+def test_a_tokenizer_without_padding_pads_with_its_end_of_text(
+    make_shards, tokenizer_folder, tmp_path, special
+):
     artifact, _ = make_shards(tmp_path / "root")
     bare = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_folder / "tokenizer.json"), padding_side="left", **special
@@ -169,7 +205,11 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(make_shards, toke
             load_tokenizer(artifact)
         return
     tokenizer = load_tokenizer(artifact)
-    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("[SEP]", 3, "right")
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == (
+        "[SEP]",
+        3,
+        "right",
+    )
 
 
 def test_padding_stays_within_what_the_student_takes(opened):
@@ -208,5 +248,8 @@ def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
 
 def test_shards_without_teacher_vectors_are_refused(opened):
     artifact, *_ = opened
-    with pytest.raises(StrataError, match="a.setting: .* carries no teacher vectors; set shard.teacher_vectors=true"):
+    with pytest.raises(
+        StrataError,
+        match="a.setting: .* carries no teacher vectors; set shard.teacher_vectors=true",
+    ):
         check_teacher(artifact, "a.setting")

@@ -14,14 +14,22 @@ TEXTS = ["rose tulip soil", "the piston and the valve", "wave " * 40]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, architecture, pooling):
+def test_exported_model_gives_the_trainers_vectors(
+    tmp_path, tokenizer_folder, architecture, pooling
+):
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
-    student = build_student(StudentConfig(architecture=architecture, pooling=pooling), tokenizer, 24, seed=0).eval()
+    student = build_student(
+        StudentConfig(architecture=architecture, pooling=pooling), tokenizer, 24, seed=0
+    ).eval()
     encoded = tokenizer(
-        [PROMPTS["query"] + text for text in TEXTS], truncation=True, max_length=24, padding=True, return_tensors="pt"
+        [PROMPTS["query"] + text for text in TEXTS],
+        truncation=True,
+        max_length=24,
+        padding=True,
+        return_tensors="pt",
     )
     with torch.no_grad():
         expected = student(encoded["input_ids"], encoded["attention_mask"]).numpy()
@@ -39,9 +47,13 @@ def test_exported_model_gives_the_trainers_vectors(tmp_path, tokenizer_folder, a
     assert loaded.prompts == PROMPTS and loaded.max_seq_length == 24
 
     plain = AutoModel.from_pretrained(tmp_path / "model").eval()
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")([PROMPTS["query"] + TEXTS[0]], return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")(
+        [PROMPTS["query"] + TEXTS[0]], return_tensors="pt"
+    )
     with torch.no_grad():
-        states = plain(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        states = plain(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).last_hidden_state
     pooled = states[:, 0] if pooling == "cls" else states.mean(dim=1)
     np.testing.assert_allclose(F.normalize(pooled, dim=-1).numpy(), expected[:1], atol=1e-5)
 
@@ -56,11 +68,24 @@ def test_a_decoder_whose_tokenizer_has_no_padding_is_exported_as_it_was_trained(
     bare = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", padding_side="left")
     bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
     tokenizer = load_tokenizer(artifact)
-    decoder = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "eos_token_id": 3, "bos_token_id": 2}
+    decoder = {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+    }
     student = build_student(StudentConfig(architecture=decoder), tokenizer, 24, seed=0).eval()
-    tokens = [tokenizer(PROMPTS["query"] + text, truncation=True, max_length=24)["input_ids"] for text in TEXTS]
+    tokens = [
+        tokenizer(PROMPTS["query"] + text, truncation=True, max_length=24)["input_ids"]
+        for text in TEXTS
+    ]
     with torch.no_grad():
-        alone = [student(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)) for ids in tokens]
+        alone = [
+            student(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+            for ids in tokens
+        ]
     expected = torch.cat(alone).numpy()
 
     export(student, tokenizer, tmp_path / "model", PROMPTS, 24, "# card\n")

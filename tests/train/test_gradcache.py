@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.batches.plan import BatchingConfig, Plan
 from train.clock import Clock
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.gradcache import accumulate_gradient
@@ -34,7 +34,9 @@ def setting(shards, tmp_path, architecture):
     tokenizer = load_tokenizer(artifact)
     index = shard_index(artifact)
     plan = Plan(index, BatchingConfig(strategy="random", global_batch_size=32))
-    store = TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, tokenizer.pad_token_id)
+    store = TokenStore(
+        cache_shards(artifact, tmp_path / "cache", False), index, tokenizer.pad_token_id
+    )
 
     def gradient(micro_batch_size, dropout, compiled=False, **changes):
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -43,7 +45,12 @@ def setting(shards, tmp_path, architecture):
         torch.manual_seed(5)
         batch = store.read(plan.step(1, 2).rows, 0, 1, micro_batch_size)
         measures = accumulate_gradient(learner, batch, LossConfig(temperature=0.05))
-        return torch.cat([weight.grad.ravel() for weight in learner.model.parameters()]), measures, learner, batch
+        return (
+            torch.cat([weight.grad.ravel() for weight in learner.model.parameters()]),
+            measures,
+            learner,
+            batch,
+        )
 
     return gradient
 
@@ -60,7 +67,9 @@ def test_cached_gradient_equals_plain(setting, micro_batch_size):
 
 
 def test_cached_gradient_is_that_of_its_own_dropout(setting):
-    """With dropout the second pass must drop what the first dropped: check against finite differences."""
+    """With dropout the second pass must drop what the first dropped: check against finite
+    differences.
+    """
     _, measures, learner, batch = setting(8, 0.3)
     weight = learner.model.backbone.encoder.layer[0].output.dense.weight
     direction = weight.grad / weight.grad.norm()
@@ -68,16 +77,24 @@ def test_cached_gradient_is_that_of_its_own_dropout(setting):
     for sign in (1, -1):
         weight.data += sign * 1e-2 * direction
         torch.manual_seed(5)
-        losses.append(float(accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]))
+        losses.append(
+            float(
+                accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]
+            )
+        )
         weight.data -= sign * 1e-2 * direction
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=0.05)
     torch.manual_seed(5)
-    assert float(accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]) == pytest.approx(
-        float(measures[0]), rel=1e-6
-    )
+    assert float(
+        accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]
+    ) == pytest.approx(float(measures[0]), rel=1e-6)
 
 
-SMALLER = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}  # half a minute each to compile
+SMALLER = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+}  # half a minute each to compile
 
 
 def test_a_compiled_student_has_the_same_gradient_and_names(setting):
@@ -91,10 +108,14 @@ def test_a_compiled_student_has_the_same_gradient_and_names(setting):
 def test_a_compiled_student_drops_the_same_in_both_passes(setting):
     _, _, learner, batch = setting(7, 0.3, compiled=True, **SMALLER)
     half = len(learner.encoded) // 2
-    first, second = (torch.cat(passed) for passed in (learner.encoded[:half], learner.encoded[half:]))
+    first, second = (
+        torch.cat(passed) for passed in (learner.encoded[:half], learner.encoded[half:])
+    )
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
     learner.encode(*batch.query.micro_batches[0])
-    assert float((learner.encoded[-1] - learner.encoded[0]).abs().max()) > 1e-3  # dropout is at work
+    assert (
+        float((learner.encoded[-1] - learner.encoded[0]).abs().max()) > 1e-3
+    )  # dropout is at work
 
 
 class _Forward(PlainLearner):

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
+from clusterlib.batches.plan import BatchingConfig
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig
 from train.launch import train, will_come_again
 from train.loop import TrainConfig
 
@@ -25,17 +25,25 @@ from train.loop import TrainConfig
         ({"matryoshka_dims": [16, 64]}, "the student's embedding has 32 dimensions"),
     ],
 )
-def test_losses_that_do_not_fit_are_refused_before_anything_runs(shards, architecture, loss, message):
+def test_losses_that_do_not_fit_are_refused_before_anything_runs(
+    shards, architecture, loss, message
+):
     artifact, _ = shards
     config = TrainConfig(
-        student={"architecture": architecture}, loss=loss, optimizer={"learning_rate": 1e-3}, steps=1, num_workers=1
+        student={"architecture": architecture},
+        loss=loss,
+        optimizer={"learning_rate": 1e-3},
+        steps=1,
+        num_workers=1,
     )
     batching = BatchingConfig(strategy="random", global_batch_size=8)
     with pytest.raises(StrataError, match=message):
         train(config, batching, artifact, artifact.root, "test")
 
 
-def test_a_run_mines_neighbors_and_leaves_no_table_behind(make_shards, tmp_path, architecture, ray_running):
+def test_a_run_mines_neighbors_and_leaves_no_table_behind(
+    make_shards, tmp_path, architecture, ray_running
+):
     artifact, _ = make_shards(tmp_path / "root", teacher_width=6)
     cache = tmp_path / "cache"
     config = TrainConfig(
@@ -46,8 +54,13 @@ def test_a_run_mines_neighbors_and_leaves_no_table_behind(make_shards, tmp_path,
         micro_batch_size=8,
         cache_dir=str(cache),
     )
-    phases = [{"fraction": 0.5, "strategy": "random"}, {"fraction": 0.5, "strategy": "neighbors", "k": 2}]
-    batching = BatchingConfig(global_batch_size=16, phases=phases, neighbors={"refresh_every_steps": 2})
+    phases = [
+        {"fraction": 0.5, "strategy": "random"},
+        {"fraction": 0.5, "strategy": "neighbors", "k": 2},
+    ]
+    batching = BatchingConfig(
+        global_batch_size=16, phases=phases, neighbors={"refresh_every_steps": 2}
+    )
     model = train(config, batching, artifact, artifact.root, "test")
     steps = model.read("steps").to_pylist()
     assert [row["stratum"] for row in steps[:3]] == ["all"] * 3
@@ -57,20 +70,37 @@ def test_a_run_mines_neighbors_and_leaves_no_table_behind(make_shards, tmp_path,
 
 def test_neighbors_without_teacher_vectors_are_refused(shards, architecture):
     artifact, _ = shards
-    config = TrainConfig(student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1)
+    config = TrainConfig(
+        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1
+    )
     batching = BatchingConfig(strategy="neighbors", global_batch_size=8)
-    with pytest.raises(StrataError, match="batching.strategy=neighbors: .* carries no teacher vectors"):
+    with pytest.raises(
+        StrataError, match="batching.strategy=neighbors: .* carries no teacher vectors"
+    ):
         train(config, batching, artifact, artifact.root, "test")
 
 
-def test_trackers_that_are_not_installed_are_refused_before_anything_runs(shards, architecture, monkeypatch):
+def test_trackers_that_are_not_installed_are_refused_before_anything_runs(
+    shards, architecture, monkeypatch
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     artifact, _ = shards
     config = TrainConfig(
-        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1, trackers=["wandb"]
+        student={"architecture": architecture},
+        optimizer={"learning_rate": 1e-3},
+        steps=1,
+        trackers=["wandb"],
     )
-    with pytest.raises(StrataError, match=r"train.trackers: wandb .* not installed; `pip install wandb`"):
-        train(config, BatchingConfig(strategy="random", global_batch_size=8), artifact, artifact.root, "test")
+    with pytest.raises(
+        StrataError, match=r"train.trackers: wandb .* not installed; `pip install wandb`"
+    ):
+        train(
+            config,
+            BatchingConfig(strategy="random", global_batch_size=8),
+            artifact,
+            artifact.root,
+            "test",
+        )
 
 
 def raised(error, module="train.loop"):
@@ -84,7 +114,9 @@ def raised(error, module="train.loop"):
 @pytest.mark.parametrize(
     "error",
     [
-        raised(RuntimeError("Connection closed by peer"), "torch.distributed.distributed_c10d"),  # gloo's
+        raised(
+            RuntimeError("Connection closed by peer"), "torch.distributed.distributed_c10d"
+        ),  # gloo's
         dist.DistBackendError("NCCL error"),
         ConnectionResetError(),
         OSError("503 Slow Down"),
@@ -111,7 +143,9 @@ def test_bugs_too_little_memory_and_bad_input_are_not(error):
     assert will_come_again(error)
 
 
-def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(ray_running, shards, tmp_path, architecture):
+def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(
+    ray_running, shards, tmp_path, architecture
+):
     """Rank 0 fails while rank 1 waits for it."""
     artifact, _ = shards
     tries = tmp_path / "tries"
@@ -137,7 +171,9 @@ def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(ray_r
         test_every_steps=2,
     )
     batching = BatchingConfig(strategy="random", global_batch_size=8)
-    with pytest.raises(StrataError, match="^train test: rank 0 failed: KeyError: 'a bug'; its traceback is in") as info:
+    with pytest.raises(
+        StrataError, match="^train test: rank 0 failed: KeyError: 'a bug'; its traceback is in"
+    ) as info:
         train(config, batching, artifact, artifact.root, "test", Faulty())
     assert tries.read_text() == "one\n"
     details = Path(str(info.value).rpartition(" ")[2]).read_text()
@@ -151,35 +187,55 @@ LOST = WorkerHealthCheckFailedError("A worker health check failed.", ray.excepti
     ("error", "message"),
     [
         (
-            ray.train.WorkerGroupError("pages", {0: RuntimeError("Connection closed by peer"), 1: LOST}),
-            r"gave up after 3 new starts \(train.max_failures\); rank 1 was lost. The same command goes on",
+            ray.train.WorkerGroupError(
+                "pages", {0: RuntimeError("Connection closed by peer"), 1: LOST}
+            ),
+            r"gave up after 3 new starts \(train.max_failures\); rank 1 was lost. "
+            r"The same command goes on",
         ),
         (
             ray.train.WorkerGroupError("pages", {1: OSError("503\nmore")}),
             "rank 1 failed: OSError: 503. The same command",
         ),
-        (ray.train.ControllerError(RuntimeError("no room")), "Ray Train could not run: RuntimeError: no room"),
+        (
+            ray.train.ControllerError(RuntimeError("no room")),
+            "Ray Train could not run: RuntimeError: no room",
+        ),
         (ray.train.ControllerError(StrataError("train step 7, ...")), "^train step 7, ...$"),
     ],
 )
-def test_a_run_that_ray_train_gives_up_ends_in_one_message(shards, architecture, monkeypatch, error, message):
+def test_a_run_that_ray_train_gives_up_ends_in_one_message(
+    shards, architecture, monkeypatch, error, message
+):
     def fit(self):
         raise error
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fit)
     artifact, _ = shards
-    config = TrainConfig(student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1)
+    config = TrainConfig(
+        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1
+    )
     with pytest.raises(StrataError, match=message):
-        train(config, BatchingConfig(strategy="random", global_batch_size=8), artifact, artifact.root, "test")
+        train(
+            config,
+            BatchingConfig(strategy="random", global_batch_size=8),
+            artifact,
+            artifact.root,
+            "test",
+        )
 
 
-def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(ray_running, shards, tmp_path, architecture):
+def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
+    ray_running, shards, tmp_path, architecture
+):
     artifact, _ = shards
     seen = tmp_path / "seen"
     seen.mkdir()
 
     class Scripted:
-        """Scores each step as written, and keeps a copy of its model; dies once, while another rank waits."""
+        """Scores each step as written, and keeps a copy of its model; dies once, while another rank
+        waits.
+        """
 
         def content(self):
             return {"tasks": ["scripted"]}
@@ -211,12 +267,28 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(ray_running, sha
     assert (tmp_path / "died").exists()
     assert made.config["tasks"] == ["scripted"]
     tests = made.read("tests").to_pylist()
-    assert [(row["step"], row["value"]) for row in tests] == [(1, 0.25), (2, 0.75), (3, 0.5), (4, 0.75)]
-    assert made.stats["kept_step"] == 2 and made.stats["num_steps"] == 4 == made.parts("steps")[0].num_rows
+    assert [(row["step"], row["value"]) for row in tests] == [
+        (1, 0.25),
+        (2, 0.75),
+        (3, 0.5),
+        (4, 0.75),
+    ]
+    assert (
+        made.stats["kept_step"] == 2
+        and made.stats["num_steps"] == 4 == made.parts("steps")[0].num_rows
+    )
     assert "after step 2." in Path(made.path, "export", "README.md").read_text()
 
     def weights(folder):
-        return {name: weight.tolist() for name, weight in load_file(folder / "model.safetensors").items()}
+        return {
+            name: weight.tolist()
+            for name, weight in load_file(folder / "model.safetensors").items()
+        }
 
     kept = weights(Path(made.path, "export"))
-    assert [kept == weights(seen / f"{step}") for step in (1, 2, 3, 4)] == [False, True, False, False]
+    assert [kept == weights(seen / f"{step}") for step in (1, 2, 3, 4)] == [
+        False,
+        True,
+        False,
+        False,
+    ]

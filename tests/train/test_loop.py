@@ -8,33 +8,43 @@ import pyarrow as pa
 import pytest
 import torch
 
+from clusterlib.artifacts.tables import MEAN, SIMILARITY_BINS, STEPS
+from clusterlib.batches.plan import BatchingConfig, Plan
 from clusterlib.errors import StrataError
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.tables import MEAN, SIMILARITY_BINS, STEPS
 from train.clock import Clock
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.loop import Progress, TrainConfig, fit
 from train.loss import MEASURES
 
-PHASES = [{"fraction": 0.25, "strategy": "source"}, {"fraction": 0.75, "strategy": "cluster", "k": 2}]
+PHASES = [
+    {"fraction": 0.25, "strategy": "source"},
+    {"fraction": 0.75, "strategy": "cluster", "k": 2},
+]
 OTHERS = [("local", "ndcg_at_10"), (MEAN, "mrr_at_10")]
 
 
 @pytest.fixture
 def loop(shards, tmp_path, monkeypatch):
     """(engine that does nothing, plan, token store)"""
-    monkeypatch.setattr("train.loop.accumulate_gradient", lambda *_: torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS))
+    monkeypatch.setattr(
+        "train.loop.accumulate_gradient",
+        lambda *_: torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS),
+    )
     device = torch.device("cpu")
     engine = SimpleNamespace(device=device, clock=Clock(device), step=lambda learning_rate: 0.0)
     artifact, _ = shards
     index = shard_index(artifact)
-    store = TokenStore(cache_shards(artifact, tmp_path, False), index, load_tokenizer(artifact).pad_token_id)
+    store = TokenStore(
+        cache_shards(artifact, tmp_path, False), index, load_tokenizer(artifact).pad_token_id
+    )
     return engine, Plan(index, BatchingConfig(global_batch_size=32, phases=PHASES)), store
 
 
 def train_config(architecture, **settings):
     student = {"architecture": architecture}
-    return TrainConfig.model_validate({"student": student, "optimizer": {"learning_rate": 1}, **settings})
+    return TrainConfig.model_validate(
+        {"student": student, "optimizer": {"learning_rate": 1}, **settings}
+    )
 
 
 def test_tests_come_every_n_steps_at_the_end_and_before_checkpoints(loop, architecture):
@@ -44,20 +54,42 @@ def test_tests_come_every_n_steps_at_the_end_and_before_checkpoints(loop, archit
     def calls(name):
         return lambda progress: called.append(f"{name} {progress.step}")
 
-    fit(*loop, config, Progress(), lambda *_: None, lambda _: None, calls("checkpoint"), calls("test"))
-    assert called == ["checkpoint 2", "test 3", "checkpoint 4", "test 6", "checkpoint 6", "test 7", "checkpoint 7"]
+    fit(
+        *loop,
+        config,
+        Progress(),
+        lambda *_: None,
+        lambda _: None,
+        calls("checkpoint"),
+        calls("test"),
+    )
+    assert called == [
+        "checkpoint 2",
+        "test 3",
+        "checkpoint 4",
+        "test 6",
+        "checkpoint 6",
+        "test 7",
+        "checkpoint 7",
+    ]
 
 
 def test_the_best_step_is_the_first_of_the_highest_means():
     means = {5: 0.25, 10: 0.5, 15: 0.5, 20: 0.125}
-    rows = [{"step": step, "task": MEAN, "metric": "ndcg_at_10", "value": value} for step, value in means.items()]
+    rows = [
+        {"step": step, "task": MEAN, "metric": "ndcg_at_10", "value": value}
+        for step, value in means.items()
+    ]
     others = [{"step": 20, "task": task, "metric": metric, "value": 1.0} for task, metric in OTHERS]
     progress = Progress(tests=[*rows, *others])
     assert progress.means() == means and progress.best_step == 10
 
 
 def test_the_best_cannot_be_kept_without_tests(architecture):
-    with pytest.raises(ValueError, match="keep=best needs tests in the loop to tell the best by; set test_every_steps"):
+    with pytest.raises(
+        ValueError,
+        match="keep=best needs tests in the loop to tell the best by; set test_every_steps",
+    ):
         train_config(architecture, steps=1, keep="best")
 
 
@@ -88,16 +120,27 @@ def test_steps_without_a_finite_gradient_are_recorded_and_leave_no_checkpoint(lo
         (range(4), "none"),
     ],
 )
-def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(loop, architecture, broken, good):
+def test_too_many_steps_in_a_row_without_a_finite_gradient_end_the_run(
+    loop, architecture, broken, good
+):
     engine, plan, store = loop
     config = train_config(architecture, steps=20, checkpoint_every_steps=2, max_skipped_steps=4)
     calls = (lambda *_: None, lambda _: None, lambda _: None)
     last = broken[-1] + 1
     message = (
-        rf"train step {last}, stratum [ab].*: the gradient is not finite, 4 times .* last good checkpoint: {good}\."
+        rf"train step {last}, stratum [ab].*: the gradient is not finite, 4 times .* "
+        rf"last good checkpoint: {good}\."
     )
     with pytest.raises(StrataError, match=message):
-        fit(breaking(engine, *broken), plan, store, config, Progress(), *calls, checkpoints="the/folder")
+        fit(
+            breaking(engine, *broken),
+            plan,
+            store,
+            config,
+            Progress(),
+            *calls,
+            checkpoints="the/folder",
+        )
 
 
 def test_a_run_that_is_continued_goes_on_counting_skipped_steps(loop, architecture):
@@ -123,5 +166,7 @@ def test_records_say_phase_epoch_and_stratum(loop, architecture):
     expected += [(1, step // epochs[1]) for step in range(num_steps - first)]
     assert [(row["phase"], row["epoch"]) for row in records] == expected
     assert {row["stratum"] for row in records[:first]} <= {"a", "b"}
-    assert {row["stratum"] for row in records[first:]} <= {f"{s}/{c}" for s in "ab" for c in (0, 1, "mixed")}
+    assert {row["stratum"] for row in records[first:]} <= {
+        f"{s}/{c}" for s in "ab" for c in (0, 1, "mixed")
+    }
     assert max(epoch for _, epoch in expected) > 0

@@ -21,8 +21,14 @@ def dense(query, passage, positive, masked, temperature):
     """The definition, one row at a time."""
     losses = []
     for row in range(len(query)):
-        kept = [column for column in range(len(passage)) if column == positive[row] or not masked[row, column]]
-        logits = torch.stack([(query[row] * passage[column]).sum() / temperature for column in kept])
+        kept = [
+            column
+            for column in range(len(passage))
+            if column == positive[row] or not masked[row, column]
+        ]
+        logits = torch.stack(
+            [(query[row] * passage[column]).sum() / temperature for column in kept]
+        )
         losses.append(torch.logsumexp(logits, 0) - logits[kept.index(int(positive[row]))])
     return torch.stack(losses).mean()
 
@@ -50,7 +56,9 @@ def test_loss_and_gradients_equal_the_dense_definition(blocks, temperature, shar
 def test_without_masks_it_is_cross_entropy(blocks):
     query, passage = unit(8, 4), unit(8, 4, seed=1)
     output = info_nce(query, passage, torch.arange(8), block_masks(torch.eye(8).bool()), 0.1)
-    torch.testing.assert_close(output.loss, F.cross_entropy(query @ passage.T / 0.1, torch.arange(8)))
+    torch.testing.assert_close(
+        output.loss, F.cross_entropy(query @ passage.T / 0.1, torch.arange(8))
+    )
 
 
 def test_equal_passages_and_known_positives_are_no_negatives():
@@ -58,7 +66,13 @@ def test_equal_passages_and_known_positives_are_no_negatives():
     everyone = Pairs(torch.tensor([1, 2, 1, 3, 4]), torch.tensor([10, 20, 30, 10, 50]))
     by_id, by_teacher = false_negatives(own, everyone, None)(slice(0, 2))
     assert by_id.tolist() == [
-        [True, False, True, True, False],  # its own; another positive of query 1; the same passage elsewhere
+        [
+            True,
+            False,
+            True,
+            True,
+            False,
+        ],  # its own; another positive of query 1; the same passage elsewhere
         [False, True, False, False, False],
     ]
     assert not by_teacher.any()
@@ -73,8 +87,11 @@ def test_equal_passages_and_known_positives_are_no_negatives():
     ],
 )
 def test_the_teacher_masks_what_it_holds_nearer_than_the_positive(margin, expected):
-    # Teacher similarity of query 0 to its positive: 0.5; to passages 1, 2, 3: 0.5, 1, 0.375; all exact in float16.
-    teacher_passage = torch.tensor([[0.5, 0.75**0.5], [0.5, -(0.75**0.5)], [1, 0], [0.375, 0.859375**0.5]]).half()
+    # Teacher similarity of query 0 to its positive: 0.5; to passages 1, 2, 3: 0.5, 1, 0.375; all
+    # exact in float16.
+    teacher_passage = torch.tensor(
+        [[0.5, 0.75**0.5], [0.5, -(0.75**0.5)], [1, 0], [0.375, 0.859375**0.5]]
+    ).half()
     teacher_query = torch.tensor([[1.0, 0]] + [[0, 1.0]] * 3).half()
     everyone = Pairs(torch.arange(4), torch.arange(4), teacher_query, teacher_passage)
     own = everyone.map(lambda tensor: tensor[:1])
@@ -99,25 +116,37 @@ def reference(query, passage, known, first, config):
     similarity = known.teacher_query.double() @ known.teacher_passage.double().T
     for i in range(count):
         for j in range(count):
-            masked[i, j] = known.query_id[i] == known.query_id[j] or known.passage_id[i] == known.passage_id[j]
+            masked[i, j] = (
+                known.query_id[i] == known.query_id[j] or known.passage_id[i] == known.passage_id[j]
+            )
             if config.teacher_margin is not None:
                 masked[i, j] |= similarity[i, j] >= similarity[i, i] - config.teacher_margin
     losses = []
     for width in {*config.matryoshka_dims, query.shape[1]}:
-        short = [vectors[:, :width] / vectors[:, :width].norm(dim=1, keepdim=True) for vectors in (query, passage)]
+        short = [
+            vectors[:, :width] / vectors[:, :width].norm(dim=1, keepdim=True)
+            for vectors in (query, passage)
+        ]
         positive = range(first, first + 6)
         losses.append(dense(short[0][own], short[1], positive, masked[own], config.temperature))
         if config.bidirectional:
-            losses.append(dense(short[1][own], short[0], positive, masked.T[own], config.temperature))
+            losses.append(
+                dense(short[1][own], short[0], positive, masked.T[own], config.temperature)
+            )
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("matryoshka_dims", [(), (4,), (2, 8, 12)])
 @pytest.mark.parametrize("teacher_margin", [None, 0.1])
-def test_every_option_equals_its_dense_definition(blocks, bidirectional, matryoshka_dims, teacher_margin):
+def test_every_option_equals_its_dense_definition(
+    blocks, bidirectional, matryoshka_dims, teacher_margin
+):
     config = LossConfig(
-        temperature=0.1, bidirectional=bidirectional, matryoshka_dims=matryoshka_dims, teacher_margin=teacher_margin
+        temperature=0.1,
+        bidirectional=bidirectional,
+        matryoshka_dims=matryoshka_dims,
+        teacher_margin=teacher_margin,
     )
     leaves = [unit(18, 12, seed=seed).double().requires_grad_() for seed in (3, 4)]
     query, passage = (F.normalize(leaf, dim=-1) for leaf in leaves)
@@ -143,7 +172,9 @@ def test_every_option_equals_its_dense_definition(blocks, bidirectional, matryos
 
 def test_prefixes_longer_than_the_embedding_are_refused():
     LossConfig(matryoshka_dims=(8, 32)).check_width(32)
-    with pytest.raises(StrataError, match=r"train.loss.matryoshka_dims=\[8, 33\]: the student's embedding has 32"):
+    with pytest.raises(
+        StrataError, match=r"train.loss.matryoshka_dims=\[8, 33\]: the student's embedding has 32"
+    ):
         LossConfig(matryoshka_dims=(8, 33)).check_width(32)
 
 
@@ -153,12 +184,24 @@ def test_measures_equal_their_definitions(blocks):
     chance = torch.rand(5, 14, generator=torch.Generator().manual_seed(3))
     by_id, by_teacher = chance < 0.1, (chance >= 0.1) & (chance < 0.3)
     by_id[0], by_teacher[0] = True, False  # a query with no negative at all
-    found = as_record(info_nce(query, passage, positive, block_masks(by_id, by_teacher), 0.1).measures)
+    found = as_record(
+        info_nce(query, passage, positive, block_masks(by_id, by_teacher), 0.1).measures
+    )
     similarity = (query @ passage.T).double().numpy()
-    correct, of_positive, of_negative, hardness, share, by_teacher_share, all_negatives = [], [], [], [], [], [], []
+    correct, of_positive, of_negative, hardness, share, by_teacher_share, all_negatives = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for row in range(5):
         others = [column for column in range(14) if column != row]
-        negatives = [similarity[row, c] for c in others if not by_id[row, c] and not by_teacher[row, c]]
+        negatives = [
+            similarity[row, c] for c in others if not by_id[row, c] and not by_teacher[row, c]
+        ]
         correct.append(similarity[row, row] > max(negatives, default=-np.inf))
         of_positive.append(similarity[row, row])
         of_negative.append(np.mean(negatives) if negatives else 0)
@@ -176,5 +219,8 @@ def test_measures_equal_their_definitions(blocks):
     ):
         assert found[name] == pytest.approx(np.mean(values), abs=1e-6), name
     edges = np.linspace(-1, 1, 21)
-    for name, values in (("positive_histogram", of_positive), ("negative_histogram", all_negatives)):
+    for name, values in (
+        ("positive_histogram", of_positive),
+        ("negative_histogram", all_negatives),
+    ):
         assert found[name] == pytest.approx(np.histogram(values, edges)[0] / 5), name

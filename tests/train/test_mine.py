@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from clusterlib.artifact import Spec
-from clusterlib.draft import Draft, Receipt
-from clusterlib.neighbors import NOBODY, NeighborsConfig
-from clusterlib.plan import BatchingConfig, Plan
-from clusterlib.strata import Stratum
-from clusterlib.tables import fixed_size_list, neighbors_schema
+from clusterlib.artifacts.artifact import Spec
+from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.tables import fixed_size_list, neighbors_schema
+from clusterlib.batches.blocks import Stratum
+from clusterlib.batches.neighbors import NOBODY, NeighborsConfig
+from clusterlib.batches.plan import BatchingConfig, Plan
 from train.data import TokenStore, cache_shards, shard_index
 from train.mine import Miner, nearest, share
 
@@ -34,7 +34,9 @@ def spelled_out(query, passage, query_id, passage_id, config):
             if passage[row] @ passage[other] >= config.duplicate_similarity:
                 continue
             eligible.append(other)
-        ranked = sorted(eligible, key=lambda other: -similarity[row, other])[config.first_rank : config.last_rank]
+        ranked = sorted(eligible, key=lambda other: -similarity[row, other])[
+            config.first_rank : config.last_rank
+        ]
         found.append(ranked + [NOBODY] * (config.num_ranks - len(ranked)))
     return found
 
@@ -53,7 +55,10 @@ def test_nearest_equals_a_search_spelled_out(options, monkeypatch):
     generator = np.random.default_rng(0)
     num_rows = 50
     query_id, passage_id = generator.integers(0, 40, num_rows), generator.integers(0, 30, num_rows)
-    sides = [generator.standard_normal((40, 6))[query_id], generator.standard_normal((30, 6))[passage_id]]
+    sides = [
+        generator.standard_normal((40, 6))[query_id],
+        generator.standard_normal((30, 6))[passage_id],
+    ]
     query, passage = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
     config = NeighborsConfig(**options)
     tensors = [torch.from_numpy(array) for array in (query, passage, query_id, passage_id)]
@@ -77,7 +82,9 @@ def test_a_node_does_not_use_the_table_of_an_earlier_try(make_shards, tmp_path):
     artifact, _ = make_shards(tmp_path / "root", teacher_width=6)
     index = shard_index(artifact)
     neighbors = {"per_seed": 2, "last_rank": 4, "margin": -1}
-    plan = Plan(index, BatchingConfig(strategy="neighbors", k=2, global_batch_size=24, neighbors=neighbors))
+    plan = Plan(
+        index, BatchingConfig(strategy="neighbors", k=2, global_batch_size=24, neighbors=neighbors)
+    )
     store = TokenStore(cache_shards(artifact, tmp_path / "cache", True), index, 0)
     draft = Draft(artifact.root, Spec("model", 1, {}))
     engine = SimpleNamespace(device=torch.device("cpu"))
@@ -88,7 +95,9 @@ def test_a_node_does_not_use_the_table_of_an_earlier_try(make_shards, tmp_path):
 
     schema = neighbors_schema(4)
     other = pa.Table.from_arrays([fixed_size_list(first[::-1])], schema=schema)
-    draft.commit("neighbors-000000000", Receipt([draft.write("neighbors", "other", schema, [other])]))
+    draft.commit(
+        "neighbors-000000000", Receipt([draft.write("neighbors", "other", schema, [other])])
+    )
     np.testing.assert_array_equal(miner(mining, 3), first[::-1])
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
     miner.forget()

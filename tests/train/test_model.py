@@ -10,14 +10,23 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 import train.model as model_module
-from clusterlib.config import fingerprint
+from clusterlib.artifacts.config import fingerprint
 from clusterlib.errors import StrataError
-from train.model import Encoder, ModelRef, StudentConfig, TokenizerRef, build_student, student_architecture
+from train.model import (
+    Encoder,
+    ModelRef,
+    StudentConfig,
+    TokenizerRef,
+    build_student,
+    student_architecture,
+)
 
 
 @pytest.fixture
 def model(teacher_folder, tmp_path):
-    """A copy of the teacher with a dense module after its pooling, and all that hubs put beside a model."""
+    """A copy of the teacher with a dense module after its pooling, and all that hubs put beside a
+    model.
+    """
     folder = tmp_path / "model"
     shutil.copytree(teacher_folder, folder)
     (folder / "2_Dense").mkdir()
@@ -25,7 +34,13 @@ def model(teacher_folder, tmp_path):
     (folder / "2_Dense" / "config.json").write_text('{"in_features": 32}')
     (folder / ".git").mkdir()
     (folder / "onnx").mkdir()
-    for name in ("README.md", ".git/HEAD", "pytorch_model.bin", "2_Dense/pytorch_model.bin", "onnx/model.onnx"):
+    for name in (
+        "README.md",
+        ".git/HEAD",
+        "pytorch_model.bin",
+        "2_Dense/pytorch_model.bin",
+        "onnx/model.onnx",
+    ):
         (folder / name).write_text("a")
     (folder / "spiece.model").write_text("a")
     return folder
@@ -45,7 +60,8 @@ def edit(path):
 
 SHAPING = [
     "model.safetensors", "config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+    "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json",
+    "2_Dense/model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "spiece.model",
 ]  # fmt: skip
 
@@ -76,7 +92,9 @@ def test_a_file_more_or_less_makes_another_model(model):
     assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPING if not name.startswith(("token", "config.json", "spiece"))])
+@pytest.mark.parametrize(
+    "name", [name for name in SHAPING if not name.startswith(("token", "config.json", "spiece"))]
+)
 def test_a_tokenizer_is_its_own_files_alone(model, name):
     ref = TokenizerRef(name=str(model))
     before = fingerprint(ref)
@@ -84,7 +102,9 @@ def test_a_tokenizer_is_its_own_files_alone(model, name):
     assert fingerprint(ref) == before
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "spiece.model"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "spiece.model"]
+)
 def test_an_edit_of_a_tokenizers_file_makes_another_tokenizer(model, name):
     ref = TokenizerRef(name=str(model))
     before = fingerprint(ref)
@@ -109,7 +129,10 @@ def test_the_same_files_are_the_same_model_wherever_they_lie(model, tmp_path, mo
 
 
 def test_a_stated_digest_does_not_stand_for_the_other_files(model):
-    ref = ModelRef(name=str(model), sha256=hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest())
+    ref = ModelRef(
+        name=str(model),
+        sha256=hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
+    )
     before = fingerprint(ref)
     edit(model / "1_Pooling" / "config.json")
     assert fingerprint(ref) != before
@@ -123,7 +146,9 @@ def test_a_stated_digest_does_not_stand_for_the_other_files(model):
 def test_files_full_of_garbage_are_named_before_anything_runs(model, name, garbage):
     (model / name).write_bytes(garbage)
     for use in (ModelRef.content, ModelRef.folder):
-        with pytest.raises(StrataError, match=rf"{name}: no whole (safetensors|JSON) file .*fetch it again"):
+        with pytest.raises(
+            StrataError, match=rf"{name}: no whole (safetensors|JSON) file .*fetch it again"
+        ):
             use(ModelRef(name=str(model)))
 
 
@@ -143,7 +168,9 @@ def test_a_file_that_is_a_link_to_nowhere_is_named(model):
 def test_a_module_with_pickled_weights_alone_is_refused(model):
     (model / "2_Dense" / "model.safetensors").unlink()
     for use in (ModelRef.content, ModelRef.folder):
-        with pytest.raises(StrataError, match=r"2_Dense/pytorch_model.bin: pickled weights are not read"):
+        with pytest.raises(
+            StrataError, match=r"2_Dense/pytorch_model.bin: pickled weights are not read"
+        ):
             use(ModelRef(name=str(model)))
 
 
@@ -152,14 +179,20 @@ COMMIT = "c" * 40
 
 @pytest.fixture
 def hub_at(monkeypatch):
-    """Sets the commit that every name on a stand-in for the hub is at; None when it cannot be asked."""
-    return lambda commit: monkeypatch.setattr(model_module.hub, "commit", lambda name, revision: commit)
+    """Sets the commit that every name on a stand-in for the hub is at; None when it cannot be
+    asked.
+    """
+    return lambda commit: monkeypatch.setattr(
+        model_module.hub, "commit", lambda name, revision: commit
+    )
 
 
 def test_a_hub_model_is_pinned_to_its_commit(hub_at, model, monkeypatch):
     downloads = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **how: downloads.append((name, how["revision"])) or model
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: downloads.append((name, how["revision"])) or model,
     )
     hub_at(COMMIT)
     config = StudentConfig(model=ModelRef(name="owner/model")).pinned()
@@ -168,7 +201,10 @@ def test_a_hub_model_is_pinned_to_its_commit(hub_at, model, monkeypatch):
     worker = pickle.loads(pickle.dumps(config)).model  # noqa: S301
     assert worker.content() == {"name": "owner/model", "revision": COMMIT}
     assert worker.folder() == model and downloads == [("owner/model", COMMIT)]
-    assert StudentConfig(model=ModelRef(name="owner/model")).pinned().model.content() != worker.content()
+    assert (
+        StudentConfig(model=ModelRef(name="owner/model")).pinned().model.content()
+        != worker.content()
+    )
 
 
 def test_models_on_this_machine_are_not_asked_for_on_the_hub(model, monkeypatch):
@@ -190,10 +226,18 @@ def test_a_hub_model_without_a_commit_is_its_name(hub_at):
 
 def test_a_tokenizer_from_the_hub_comes_without_weights(monkeypatch, tokenizer_folder):
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or tokenizer_folder)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **how: asked.update(how) or tokenizer_folder,
+    )
     TokenizerRef(name="owner/model").folder()
     wanted = set(
-        filter_repo_objects(SHAPING, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+        filter_repo_objects(
+            SHAPING,
+            allow_patterns=asked["allow_patterns"],
+            ignore_patterns=asked["ignore_patterns"],
+        )
     )
     assert wanted == {"config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"}
 
@@ -227,12 +271,17 @@ def test_absent_models_are_named(name):
 )
 def test_absent_packages_are_named(package):
     """`six` is a module without a folder of its own, `sys` one without a file."""
-    with pytest.raises(StrataError, match=f"package:{package}/x: no Python package '{package}' .* is installed"):
+    with pytest.raises(
+        StrataError, match=f"package:{package}/x: no Python package '{package}' .* is installed"
+    ):
         ModelRef(name=f"package:{package}/x").content()
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_one_message():
-    with pytest.raises(StrataError, match="nobody/nothing: neither a local folder nor a model that could be fetched"):
+    with pytest.raises(
+        StrataError,
+        match="nobody/nothing: neither a local folder nor a model that could be fetched",
+    ):
         ModelRef(name="nobody/nothing").folder()
 
 
@@ -242,7 +291,9 @@ def test_a_student_has_exactly_one_origin(architecture):
             StudentConfig(**settings)
 
 
-def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, architecture, encoder_folder, tmp_path):
+def test_students_that_do_not_fit_the_shards_are_refused(
+    tokenizer_folder, architecture, encoder_folder, tmp_path
+):
     from transformers import AutoConfig, AutoModel
 
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
@@ -252,27 +303,46 @@ def test_students_that_do_not_fit_the_shards_are_refused(tokenizer_folder, archi
         ({"model_type": "no-such-type"}, "train.student"),
         (
             {"model_type": "t5"},
-            "t5 is an encoder with a decoder; take an encoder or a decoder alone, such as bert or qwen3",
+            "t5 is an encoder with a decoder; take an encoder or a decoder alone, such as bert or "
+            "qwen3",
         ),
         ({"model_type": "bart"}, "bart is an encoder with a decoder"),
     ):
         with pytest.raises(StrataError, match=message):
-            student_architecture(StudentConfig(architecture={**architecture, **changes}), tokenizer, 64)
+            student_architecture(
+                StudentConfig(architecture={**architecture, **changes}), tokenizer, 64
+            )
     images = AutoConfig.for_model("vit", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModel.from_config(images).save_pretrained(tmp_path)
     with pytest.raises(StrataError, match="vit takes no tokens"):
         student_architecture(StudentConfig(model=ModelRef(name=str(tmp_path))), tokenizer, 64)
-    loaded = student_architecture(StudentConfig(model=ModelRef(name=str(encoder_folder))), tokenizer, 64)
+    loaded = student_architecture(
+        StudentConfig(model=ModelRef(name=str(encoder_folder))), tokenizer, 64
+    )
     assert loaded.hidden_size == 32
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "opt"])
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "opt"]
+)
 @pytest.mark.parametrize("num_tokens", [38, 39, 40, 41])
-def test_a_student_takes_as_many_tokens_as_it_has_positions(tokenizer_folder, architecture, model_type, num_tokens):
-    """RoBERTa and its like number tokens from padding_idx + 1, and so have that many positions fewer."""
+def test_a_student_takes_as_many_tokens_as_it_has_positions(
+    tokenizer_folder, architecture, model_type, num_tokens
+):
+    """RoBERTa and its like number tokens from padding_idx + 1, and so have that many positions
+    fewer.
+    """
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
-    names = {"distilbert": {"n_layers": 1, "n_heads": 2, "dim": 32}, "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32}}
-    changes = {"model_type": model_type, "max_position_embeddings": 40, "pad_token_id": 1, **names.get(model_type, {})}
+    names = {
+        "distilbert": {"n_layers": 1, "n_heads": 2, "dim": 32},
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    }
+    changes = {
+        "model_type": model_type,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+        **names.get(model_type, {}),
+    }
     config = StudentConfig(architecture={**architecture, **changes})
     try:
         student_architecture(config, tokenizer, num_tokens)
@@ -289,7 +359,10 @@ def test_a_student_takes_as_many_tokens_as_it_has_positions(tokenizer_folder, ar
     assert (
         refused
         == fails
-        == (num_tokens > (38 if model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 40))
+        == (
+            num_tokens
+            > (38 if model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 40)
+        )
     )
 
 
@@ -305,8 +378,14 @@ def test_random_weights_depend_on_the_seed_alone(tokenizer_folder, architecture)
     torch.manual_seed(123)
     first = build_student(config, tokenizer, 64, seed=7)
     torch.manual_seed(321)
-    second, third = build_student(config, tokenizer, 64, seed=7), build_student(config, tokenizer, 64, seed=8)
-    states = [torch.cat([weight.ravel() for weight in model.parameters()]) for model in (first, second, third)]
+    second, third = (
+        build_student(config, tokenizer, 64, seed=7),
+        build_student(config, tokenizer, 64, seed=8),
+    )
+    states = [
+        torch.cat([weight.ravel() for weight in model.parameters()])
+        for model in (first, second, third)
+    ]
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
@@ -315,7 +394,10 @@ def test_a_student_is_in_training_mode_and_checkpoints_when_asked(
     tokenizer_folder, architecture, encoder_folder, origin
 ):
     tokenizer = TokenizerRef(name=str(tokenizer_folder)).load()
-    origins = {"loaded": {"model": ModelRef(name=str(encoder_folder))}, "random": {"architecture": architecture}}
+    origins = {
+        "loaded": {"model": ModelRef(name=str(encoder_folder))},
+        "random": {"architecture": architecture},
+    }
     for checkpointing in (False, True):
         student = build_student(StudentConfig(**origins[origin]), tokenizer, 64, 0, checkpointing)
         assert all(module.training for module in student.modules())

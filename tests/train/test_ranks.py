@@ -1,4 +1,6 @@
-"""Real ranks under DeepSpeed: the gradient is that of one process with the whole batch, and resumes are exact."""
+"""Real ranks under DeepSpeed: the gradient is that of one process with the whole batch, and resumes
+are exact.
+"""
 
 import functools
 import json
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clusterlib.plan import BatchingConfig, Plan
+from clusterlib.batches.plan import BatchingConfig, Plan
 from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
 from train.loss import LossConfig, as_record
 from train.model import StudentConfig, build_student
@@ -23,9 +25,12 @@ from train.model import StudentConfig, build_student
 BATCH = 24
 NUM_RANKS = (1, 2, 4)
 STAGES = (0, 1, 2)
-MICRO = {"plain": 24, "cached": 5}  # 24 rows are one micro-batch on any ranks; of 5, the last is smaller
-# Weights so large that texts differ: where embeddings are nearly equal, the terms of the gradient cancel and float32
-# itself is off by more than 1e-6.
+MICRO = {
+    "plain": 24,
+    "cached": 5,
+}  # 24 rows are one micro-batch on any ranks; of 5, the last is smaller
+# Weights so large that texts differ: where embeddings are nearly equal, the terms of the gradient
+# cancel and float32 itself is off by more than 1e-6.
 DISTINCT = {"initializer_range": 0.1}
 LOSSES = {
     "both": {"bidirectional": True},
@@ -83,18 +88,29 @@ def outcome(setting):
             config = {**run, "student": {"architecture": noisy}, "zero_stage": stage}
             whole = f"whole{stage}-{num_ranks}"
             runs[whole] = {"config": config, "load": None}
-            runs[f"resumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / whole / "2")}
+            runs[f"resumed{stage}-{num_ranks}"] = {
+                "config": config,
+                "load": str(folder / whole / "2"),
+            }
             config, tested = {**config, "test_every_steps": 1}, f"tested{stage}-{num_ranks}"
             runs[tested] = {"config": config, "load": None}
-            runs[f"testedresumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / tested / "2")}
+            runs[f"testedresumed{stage}-{num_ranks}"] = {
+                "config": config,
+                "load": str(folder / tested / "2"),
+            }
             broken, config = f"broken{stage}-{num_ranks}", {**config, "test_every_steps": None}
             runs[broken] = {"config": config, "load": None, "break_step": 0}
-            runs[f"brokenresumed{stage}-{num_ranks}"] = {"config": config, "load": str(folder / broken / "2")}
+            runs[f"brokenresumed{stage}-{num_ranks}"] = {
+                "config": config,
+                "load": str(folder / broken / "2"),
+            }
         run_ranks(num_ranks, setting, {}, runs)
 
     @functools.cache
     def moves():
-        """Two ranks under ZeRO 2, then one without ZeRO, then two under ZeRO 1; and two under ZeRO 1 all along."""
+        """Two ranks under ZeRO 2, then one without ZeRO, then two under ZeRO 1; and two under ZeRO
+        1 all along.
+        """
         steps = {**run, "steps": 6}
         first = {"config": {**steps, "zero_stage": 2}, "load": None}
         undisturbed = {"config": {**steps, "zero_stage": 1}, "load": None}
@@ -106,10 +122,22 @@ def outcome(setting):
 
     @functools.cache
     def mines():
-        """Two ranks that mine at steps 0, 2 and 4; one that goes on from step 3; one that does it all alone."""
+        """Two ranks that mine at steps 0, 2 and 4; one that goes on from step 3; one that does it
+        all alone.
+        """
         neighbors = {"per_seed": 2, "last_rank": 6, "margin": -1.0, "refresh_every_steps": 2}
-        batching = {"strategy": "neighbors", "k": 2, "global_batch_size": BATCH, "neighbors": neighbors}
-        config = {**run, "steps": 6, "checkpoint_every_steps": 3, "student": {"architecture": quiet | DISTINCT}}
+        batching = {
+            "strategy": "neighbors",
+            "k": 2,
+            "global_batch_size": BATCH,
+            "neighbors": neighbors,
+        }
+        config = {
+            **run,
+            "steps": 6,
+            "checkpoint_every_steps": 3,
+            "student": {"architecture": quiet | DISTINCT},
+        }
         first = {"config": config, "batching": batching, "load": None}
         run_ranks(2, setting, {}, {"mined": first})
         going_on = {**first, "load": str(folder / "mined" / "3"), "like": "mined"}
@@ -117,7 +145,9 @@ def outcome(setting):
 
     def read(make, name, *num_ranks):
         make(*num_ranks)
-        return torch.load(folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt", weights_only=True)
+        return torch.load(
+            folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt", weights_only=True
+        )
 
     return SimpleNamespace(
         gradient=functools.partial(read, gradients),
@@ -166,20 +196,27 @@ def run_ranks(num_ranks, setting, cases, runs):
 
 @pytest.fixture(scope="module")
 def reference(setting, tmp_path_factory):
-    """Torch alone, one process, the whole batch in one pass, float64, the loss spelled out: gradient and loss."""
+    """Torch alone, one process, the whole batch in one pass, float64, the loss spelled out:
+    gradient and loss.
+    """
     shards, _, quiet, _ = setting
     tokenizer = load_tokenizer(shards)
     index = shard_index(shards)
     plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=BATCH))
     store = TokenStore(
-        cache_shards(shards, tmp_path_factory.mktemp("cache"), True), index, tokenizer.pad_token_id, True
+        cache_shards(shards, tmp_path_factory.mktemp("cache"), True),
+        index,
+        tokenizer.pad_token_id,
+        True,
     )
     batch = store.read(plan.step(0, 1).rows, 0, 1, BATCH)
 
     @functools.cache
     def of(loss_name=""):
         config = loss_config(loss_name)
-        model = build_student(StudentConfig(architecture=quiet | DISTINCT), tokenizer, 64, seed=3).double()
+        model = build_student(
+            StudentConfig(architecture=quiet | DISTINCT), tokenizer, 64, seed=3
+        ).double()
         query, passage = (_embed(model, side) for side in (batch.query, batch.passage))
         teacher = batch.pairs.teacher_query.double() @ batch.pairs.teacher_passage.double().T
         negative = (batch.pairs.query_id[:, None] != batch.pairs.query_id) & (
@@ -190,14 +227,19 @@ def reference(setting, tmp_path_factory):
         kept = negative | torch.eye(BATCH, dtype=torch.bool)
         losses = []
         for width in (*config.matryoshka_dims, query.shape[1]):
-            short = [vectors[:, :width] / vectors[:, :width].norm(dim=1, keepdim=True) for vectors in (query, passage)]
+            short = [
+                vectors[:, :width] / vectors[:, :width].norm(dim=1, keepdim=True)
+                for vectors in (query, passage)
+            ]
             logits = short[0] @ short[1].T / config.temperature
             losses.append(_cross_entropy(logits, kept))
             if config.bidirectional:
                 losses.append(_cross_entropy(logits.T, kept.T))
         loss = sum(losses) / len(losses)
         loss.backward()
-        return torch.cat([weight.grad.ravel() for weight in model.parameters()]), float(loss.detach())
+        return torch.cat([weight.grad.ravel() for weight in model.parameters()]), float(
+            loss.detach()
+        )
 
     return of
 
@@ -205,7 +247,9 @@ def reference(setting, tmp_path_factory):
 def _cross_entropy(logits, kept):
     """Of the diagonal, over the kept columns of each row."""
     rows = range(len(logits))
-    return sum(torch.logsumexp(logits[row][kept[row]], 0) - logits[row, row] for row in rows) / len(logits)
+    return sum(torch.logsumexp(logits[row][kept[row]], 0) - logits[row, row] for row in rows) / len(
+        logits
+    )
 
 
 def _embed(model, side):
@@ -226,7 +270,9 @@ def assert_exact(found, reference):
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro", MICRO)
-def test_gradient_equals_one_process_with_the_whole_batch(outcome, reference, num_ranks, stage, micro):
+def test_gradient_equals_one_process_with_the_whole_batch(
+    outcome, reference, num_ranks, stage, micro
+):
     assert_exact(outcome.gradient(f"zero{stage}-{micro}", num_ranks), reference())
 
 
@@ -250,7 +296,9 @@ def test_each_gradient_is_reduced_once_a_step(outcome, num_ranks, stage):
     found = outcome.gradient(f"zero{stage}-cached", num_ranks)
     num_micro_batches = 2 * math.ceil(BATCH / num_ranks / MICRO["cached"])
     # ZeRO 2 keeps no whole gradient to add to, so it reduces each micro-batch's.
-    assert found["num_reduced"] == found["num_parameters"] * (num_micro_batches if stage == 2 else 1)
+    assert found["num_reduced"] == found["num_parameters"] * (
+        num_micro_batches if stage == 2 else 1
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -266,7 +314,9 @@ def test_bf16_is_near_and_keeps_float32_weights(outcome, reference, num_ranks, s
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bf16_gradients_are_reduced_in_float32(outcome, num_ranks, stage):
-    without, found = (outcome.gradient(f"bf16-zero{of}", num_ranks)["gradient"] for of in (0, stage))
+    without, found = (
+        outcome.gradient(f"bf16-zero{of}", num_ranks)["gradient"] for of in (0, stage)
+    )
     assert float((found - without).norm() / without.norm()) < 1e-6
 
 
@@ -274,14 +324,18 @@ def test_bf16_gradients_are_reduced_in_float32(outcome, num_ranks, stage):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_buckets_are_no_larger_than_the_weights(outcome, num_ranks, stage, precision):
-    found = outcome.gradient(f"zero{stage}-cached" if precision == "fp32" else f"bf16-zero{stage}", num_ranks)
+    found = outcome.gradient(
+        f"zero{stage}-cached" if precision == "fp32" else f"bf16-zero{stage}", num_ranks
+    )
     assert found["bucket_bytes"] == 4 * found["num_parameters"]
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_changes_nothing(outcome, reference, num_ranks, stage):
-    broken, undisturbed = (outcome.gradient(name, num_ranks) for name in (f"broken-zero{stage}", f"zero{stage}-cached"))
+    broken, undisturbed = (
+        outcome.gradient(name, num_ranks) for name in (f"broken-zero{stage}", f"zero{stage}-cached")
+    )
     assert not math.isfinite(broken["broken"])
     before, after, _ = broken["states"]
     assert torch.equal(before, after)
@@ -292,7 +346,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(outcome, reference, num_r
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_skipped_step_is_recorded_and_resumed(outcome, num_ranks, stage):
-    whole, resumed = (outcome.resume(f"{name}{stage}", num_ranks) for name in ("broken", "brokenresumed"))
+    whole, resumed = (
+        outcome.resume(f"{name}{stage}", num_ranks) for name in ("broken", "brokenresumed")
+    )
     assert [record["skipped"] for record in whole["records"]] == [True, False, False, False]
     assert resumed["started_at"] == 2 and resumed["records"][1:] == whole["records"][1:]
     assert torch.equal(whole["weights"], resumed["weights"])
@@ -319,7 +375,9 @@ def test_tests_in_the_loop_change_nothing_and_are_resumed(outcome, num_ranks, st
     whole, tested, resumed = (
         outcome.resume(f"{name}{stage}", num_ranks) for name in ("whole", "tested", "testedresumed")
     )
-    assert torch.equal(tested["weights"], whole["weights"]) and tested["records"] == whole["records"]
+    assert (
+        torch.equal(tested["weights"], whole["weights"]) and tested["records"] == whole["records"]
+    )
     assert torch.equal(resumed["weights"], whole["weights"]) and resumed["started_at"] == 2
     assert [row["step"] for row in tested["tests"]] == [1, 2, 3, 4]
     assert len({row["value"] for row in tested["tests"]}) == 4  # each of the weights of its step
@@ -350,7 +408,12 @@ def test_a_run_with_mined_neighbors_continues_and_does_not_depend_on_ranks(outco
         by_step.setdefault((table.parents[1].name, table.name[:9]), []).append(pq.read_table(table))
     assert sorted(len(parts) for parts in by_step.values()) == [1, 1, 1, 2, 2, 2]
     for step in ("000000000", "000000002", "000000004"):
-        first, second = (pa.concat_tables(parts) for (_, of), parts in by_step.items() if of == step)
+        first, second = (
+            pa.concat_tables(parts) for (_, of), parts in by_step.items() if of == step
+        )
         assert first["neighbors"].to_pylist() == second["neighbors"].to_pylist()
         assert first.num_rows == 240
-    assert len({str(pa.concat_tables(parts)["neighbors"].to_pylist()) for parts in by_step.values()}) == 3
+    assert (
+        len({str(pa.concat_tables(parts)["neighbors"].to_pylist()) for parts in by_step.values()})
+        == 3
+    )

@@ -12,11 +12,15 @@ from train.trackers import TrackedRun, start_trackers
 
 
 def run_at(step, folder):
-    return TrackedRun("an/arm", "0123456789abcdef", {"train": {"seed": 0}, "phases": [1]}, step, folder)
+    return TrackedRun(
+        "an/arm", "0123456789abcdef", {"train": {"seed": 0}, "phases": [1]}, step, folder
+    )
 
 
 def events(folder):
-    """The events of all files in a folder, in order: records of length, its checksum, data, its checksum."""
+    """The events of all files in a folder, in order: records of length, its checksum, data, its
+    checksum.
+    """
     found = []
     for path in sorted(folder.rglob("events.*"), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
@@ -28,7 +32,9 @@ def events(folder):
 
 
 def shown(folder):
-    """(name, step) -> values that TensorBoard shows: a start drops what is there from its step on."""
+    """(name, step) -> values that TensorBoard shows: a start drops what is there from its step
+    on.
+    """
     points = []
     for event in events(folder):
         if event.session_log.status == SessionLog.START:
@@ -79,7 +85,9 @@ class Recorder(ModuleType):
 @pytest.fixture
 def wandb(monkeypatch):
     module = Recorder("wandb")
-    module.init = module.note("init", SimpleNamespace(log=module.note("log"), finish=module.note("finish")))
+    module.init = module.note(
+        "init", SimpleNamespace(log=module.note("log"), finish=module.note("finish"))
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     return module
@@ -116,7 +124,11 @@ def test_mlflow_continues_the_run_of_the_tag(mlflow, tmp_path, run_id):
     (tracker,) = start_trackers(["mlflow"], run_at(2, tmp_path))
     tracker.log(3, {"train/loss": 0.5})
     tracker.close()
-    search = {"filter_string": "tags.strata_model = '0123456789abcdef'", "max_results": 1, "output_format": "list"}
+    search = {
+        "filter_string": "tags.strata_model = '0123456789abcdef'",
+        "max_results": 1,
+        "output_format": "list",
+    }
     tags = {"strata_model": "0123456789abcdef"}
     assert mlflow.calls == [
         ("set_experiment", "theirs"),

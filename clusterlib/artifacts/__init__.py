@@ -1,0 +1,1 @@
+"""Settings, storage, tables, and the artifacts that hold them."""

@@ -1,0 +1,1 @@
+"""What fills each minibatch: strategies, blocks, and the plan."""

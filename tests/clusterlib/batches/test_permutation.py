@@ -1,0 +1,28 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clusterlib.batches.permutation import permute
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
+def test_permutation_is_one_and_every_entry_is_had_alone(size, key):
+    whole = permute(np.arange(size), size, key)
+    assert sorted(whole.tolist()) == list(range(size))
+    some = np.random.default_rng(0).integers(0, size, 5)
+    np.testing.assert_array_equal(permute(some, size, key), whole[some])
+
+
+def test_permutation_looks_random_and_depends_on_its_key():
+    first, second = (
+        permute(np.arange(10_000), 10_000, (1, 2)),
+        permute(np.arange(10_000), 10_000, (1, 3)),
+    )
+    assert abs(np.corrcoef(first, np.arange(10_000))[0, 1]) < 0.05
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+    assert (
+        abs((first == np.arange(10_000)).sum() - 1) < 8
+    )  # a random permutation has one fixed point
+    # A billion rows: no table is made.
+    assert len(set(permute(np.arange(1000), 10**9, (0,)).tolist())) == 1000
