@@ -59,81 +59,67 @@ class ClusterConfig(Config):
     gpus_per_worker: float = runtime(0, ge=0, description="needs faiss-gpu; 0 stays on the CPU")
 
 
-def centroids_spec(config: ClusterConfig, embeddings: str) -> Spec:
-    """What the centroids are made from; `embeddings` is a fingerprint."""
-    return Spec("centroids", 1, {"cluster": config}, {"embeddings": embeddings})
+class Cluster(Stage):
+    """A source's tree: one row for each of its nodes, leaves first."""
 
+    name = "cluster"
+    kind = "centroids"
+    help = "Fit k-means of every source."
 
-def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact:
-    """Fit every source into the `centroids` artifact: one row for each node of its tree, leaves
-    first.
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        return {
+            source: centroids_spec(arm.sources[source].cluster, embeddings)
+            for source, embeddings in arm.specs("embeddings").items()
+        }
 
-    A source with too few pairs gets fewer leaves, and the manifest's stats say how many.
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        """Fit each source by itself, side by side.
 
-    Raises:
-        StrataError: no source is large enough for `num_leaves`.
-    """
-    spec = centroids_spec(config, embeddings.fingerprint)
-    made = root.find(spec)
-    if made is not None:
-        return made
-    counts = {
-        source: count for source, count in embeddings.stats["num_rows_by_source"].items() if count
-    }
-    largest = max(counts, key=lambda source: counts[source])
-    most = max(1, counts[largest] // config.min_pairs_per_leaf)
-    if config.num_leaves > most:
-        raise StrataError(
-            f"cluster.num_leaves={config.num_leaves} is too large for every source: the largest, "
-            f"{largest}, has {counts[largest]} pairs and fits {most} leaves of "
-            f"{config.min_pairs_per_leaf} or more; set at most {most}"
+        A source with too few pairs gets fewer leaves, and the manifest's stats say how many.
+
+        Raises:
+            StrataError: a fit takes more memory than any node has.
+        """
+        fits = [_Fit.of(spec, root) for spec in specs]
+        first = fits[0].config  # how many processors a fit takes is no source's own
+        memory_bytes = max(fit.memory_bytes for fit in fits)
+        _check_memory(max(fits, key=lambda fit: fit.memory_bytes))
+        workers = Workers(
+            num_cpus=first.cpus_per_worker,
+            num_gpus=first.gpus_per_worker,
+            memory_bytes=memory_bytes,
         )
-    draft = Draft(root, spec)
-    tasks = [Task(source, (source, count), source) for source, count in counts.items()]
-    memory_bytes = _check_memory(config, embeddings.stats["width"], counts)
-    workers = Workers(
-        num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, memory_bytes=memory_bytes
-    )
+        make(self.name, [_job(fit, Draft(root, spec)) for fit, spec in zip(fits, specs, strict=True)], workers)
 
-    def publish(receipts: list[Receipt]) -> Artifact:
-        # A fit reads pairs and makes nodes, which are other things: rows in = rows out holds for
-        # neither.
-        fits = {task.id: receipt.stats for task, receipt in zip(tasks, receipts, strict=True)}
-        return draft.publish(receipts, {"fits": fits, "width": embeddings.stats["width"]})
 
-    return make(
-        draft,
-        "cluster",
-        tasks,
-        functools.partial(_Worker, config, embeddings, draft),
-        workers,
-        publish,
+def centroids_spec(config: ClusterConfig, embeddings: Spec) -> Spec:
+    """What a source's centroids are made from."""
+    return Spec(
+        "centroids", 1, {"cluster": config}, {"embeddings": embeddings}, label=embeddings.label
     )
 
 
-def _check_memory(config: ClusterConfig, width: int, counts: Mapping[str, int]) -> int:
-    """Bytes that the largest source's fit takes: its sample twice, as read and put together.
+@dataclass(frozen=True)
+class _Fit:
+    """What is asked of the fit of one source."""
 
-    Raises:
-        StrataError: no node of the Ray cluster has as much.
-    """
-    row_bytes = 2 * 4 * width * len(kmeans.columns(config.field))
-    needs = {
-        source: min(count, config.num_leaves * config.points_per_centroid)
-        for source, count in counts.items()
-    }
-    source = max(needs, key=lambda source: needs[source])
-    room = largest_node_bytes()
-    if needs[source] * row_bytes > room:
-        fitting = int(room // row_bytes // config.num_leaves)
-        raise StrataError(
-            f"cluster.points_per_centroid={config.points_per_centroid}: the fit of {source} takes "
-            f"{needs[source] * row_bytes / 2**30:.1f} GiB and the largest node has "
-            f"{room / 2**30:.1f} GiB; set at most {fitting}"
-        )
-    return needs[source] * row_bytes
+    config: ClusterConfig
+    embeddings: Artifact
 
+    @property
+    def num_leaves(self) -> int:
+        most = self.embeddings.num_rows // self.config.min_pairs_per_leaf
+        return max(1, min(self.config.num_leaves, most))
 
+    @property
+    def row_bytes(self) -> int:
+        """A pair of the sample takes these twice, as read and put together."""
+        return 2 * 4 * int(self.embeddings.stats["width"]) * len(kmeans.columns(self.config.field))
+
+    @property
+    def memory_bytes(self) -> int:
+        most = self.num_leaves * self.config.points_per_centroid
+        return self.row_bytes * min(self.embeddings.num_rows, most)
 class _Worker:
     def __init__(self, config: ClusterConfig, embeddings: Artifact, draft: Draft) -> None:
         self._config = config

@@ -6,8 +6,8 @@ import functools
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,12 @@ from clusterlib.artifacts.config import Config, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.errors import StrataError
-from pipelines.stage import Task, Workers, make
+from pipelines.stage import Stage
+from pipelines.tasks import Job, Task, Workers, make
 from train.model import ModelRef
+
+if TYPE_CHECKING:
+    from pipelines.run import Arm
 
 _ROW_GROUP_ROWS = 8192
 
@@ -65,42 +69,54 @@ class EmbedConfig(Config):
     )
 
 
-def embeddings_spec(config: EmbedConfig, pairs: str) -> Spec:
-    """What the embeddings are made from; `pairs` is a fingerprint."""
-    return Spec("embeddings", 1, {"embed": config}, {"pairs": pairs})
+class Embed(Stage):
+    """A source's pairs with the teacher's vectors."""
+
+    name = "embed"
+    kind = "embeddings"
+    help = "Embed the pairs with the teacher."
+
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        return {
+            source: embeddings_spec(arm.sources[source].embed, pairs)
+            for source, pairs in arm.specs("pairs").items()
+        }
+
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        """Embed both sides of every pair.
+
+        Raises:
+            StrataError: a teacher cannot be loaded, or gives a zero or non-finite vector.
+        """
+        configs: list[EmbedConfig] = [spec.config["embed"] for spec in specs]
+        for teacher in dict.fromkeys(config.teacher for config in configs):
+            teacher.folder()  # fail here, with one message, rather than in every worker
+        jobs = [_job(config, spec, root) for config, spec in zip(configs, specs, strict=True)]
+        first = configs[0]  # how many there are is no source's own
+        make(
+            self.name,
+            jobs,
+            Workers(
+                first.min_workers, first.max_workers, first.cpus_per_worker, first.gpus_per_worker
+            ),
+        )
 
 
-def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
-    """Embed both sides of every pair into the `embeddings` artifact.
+def embeddings_spec(config: EmbedConfig, pairs: Spec) -> Spec:
+    """What a source's embeddings are made from."""
+    return Spec("embeddings", 1, {"embed": config}, {"pairs": pairs}, label=pairs.label)
 
-    Raises:
-        StrataError: the teacher cannot be loaded, or gives a zero or non-finite vector.
-    """
-    spec = embeddings_spec(config, pairs.fingerprint)
-    made = root.find(spec)
-    if made is not None:
-        return made
-    config.teacher.folder()  # fail here, with one message, rather than in every worker
-    draft = Draft(root, spec)
+
+def _job(config: EmbedConfig, spec: Spec, root: Root) -> Job:
+    pairs, draft = root.open(spec.inputs["pairs"]), Draft(root, spec)
     tasks = [Task(piece.id, piece, str(piece)) for piece in pairs.slices(config.task_rows)]
-    workers = Workers(
-        config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker
-    )
 
     def publish(receipts: list[Receipt]) -> Artifact:
-        stats = {
-            "num_rows_by_source": pairs.stats["num_rows_by_source"],
-            "width": receipts[0].stats["width"],
-            "spent": {
-                name: sum(receipt.stats["spent"][name] for receipt in receipts)
-                for name in receipts[0].stats["spent"]
-            },
-        }
-        return draft.publish(receipts, stats)
+        spent = [receipt.stats["spent"] for receipt in receipts]
+        totals = {name: sum(each[name] for each in spent) for name in spent[0]}
+        return draft.publish(receipts, {"width": receipts[0].stats["width"], "spent": totals})
 
-    return make(
-        draft, "embed", tasks, functools.partial(_Worker, config, pairs, draft), workers, publish
-    )
+    return Job(draft, tasks, functools.partial(_Worker, config, pairs, draft), publish)
 
 
 class Teacher:
@@ -116,29 +132,15 @@ class Teacher:
     """
 
     def __init__(self, config: EmbedConfig) -> None:
-        from sentence_transformers import SentenceTransformer
-
         # Ray shows a node's GPUs to workers that asked for none as well.
         device = "cuda" if config.gpus_per_worker else "cpu"
         if config.gpus_per_worker and not torch.cuda.is_available():
             raise StrataError(
                 f"embed.gpus_per_worker={config.gpus_per_worker:g}: this worker's node, "
-                f"{platform.node()}, has no GPU "
-                "that torch can use though Ray counts one there; install a driver and a torch with "
-                "CUDA, or set it to 0"
+                f"{platform.node()}, has no GPU that torch can use though Ray counts one there; "
+                "install a driver and a torch with CUDA, or set it to 0"
             )
-        # A folder without modules.json is a plain encoder: sentence-transformers pools it by the
-        # mean.
-        self.model = SentenceTransformer(
-            str(config.teacher.folder()),
-            device=device,
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={
-                "use_safetensors": True,
-                "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            },
-        ).eval()
+        self.model = _load(config.teacher, config.precision, device)
         self.spent: dict[str, float] = defaultdict(float)
         # A CPU gains nothing from large batches, and small ones hold texts of one length: 1.4 to
         # 2.3 times as fast.
@@ -202,6 +204,24 @@ class Teacher:
         return vectors[[distinct[text] for text in texts]]
 
 
+@functools.lru_cache(maxsize=1)
+def _load(teacher: ModelRef, precision: str, device: str) -> Any:
+    """A teacher that all sources' tasks in this process share, each with its own prompts."""
+    from sentence_transformers import SentenceTransformer
+
+    # A folder without modules.json is a plain encoder: sentence-transformers pools it by the mean.
+    return SentenceTransformer(
+        str(teacher.folder()),
+        device=device,
+        trust_remote_code=False,
+        local_files_only=True,
+        model_kwargs={
+            "use_safetensors": True,
+            "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        },
+    ).eval()
+
+
 def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     """Rows of similar length, longest first, as many as fit `batch_tokens` once padded."""
     order = np.argsort(-lengths, kind="stable")
@@ -216,13 +236,7 @@ class _Worker:
     def __init__(self, config: EmbedConfig, pairs: Artifact, draft: Draft) -> None:
         self._pairs = pairs
         self._draft = draft
-        self._config = config
-
-    @functools.cached_property
-    def _teacher(self) -> Teacher:
-        return Teacher(
-            self._config
-        )  # in the first task, not before: what a task raises is told as one message
+        self._teacher = Teacher(config)
 
     def __call__(self, piece: Slice) -> Receipt:
         table = self._pairs.read_slice(piece)

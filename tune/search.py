@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray.tune
 
 from clusterlib.errors import StrataError
-from tune.trial import Trial
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the space; it travels to a process of its own.
+
+    Attributes:
+        name: its overrides, for people.
+        run: trains and scores it, or finds that done; the metric's value.
+    """
+
+    name: str
+    run: Callable[[], float]
 
 
 @dataclass(frozen=True)

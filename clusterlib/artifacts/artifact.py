@@ -35,22 +35,32 @@ class Spec:
         version: raised whenever the code makes something else from the same settings.
         config: settings by name, plain data or models. The fingerprint covers `Config.content` of
             these; the manifest shows them whole.
-        inputs: kind -> fingerprint of the artifacts it reads.
+        inputs: the artifacts it reads, by their kind, or by `kind.label` where it reads several of a kind.
         origin: what identifies data from outside the root (names and digests of files, versions).
+        label: whose it is, for people: a source, an arm, a model. No part of the fingerprint.
     """
 
     kind: str
     version: int
     config: Mapping[str, Any]
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Spec] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of what is there when it is first asked for; it travels with the spec to other
         machines.
         """
-        return fingerprint({name: getattr(self, name) for name in self.__dataclass_fields__})
+        return fingerprint(
+            {
+                "kind": self.kind,
+                "version": self.version,
+                "config": self.config,
+                "inputs": {name: spec.fingerprint for name, spec in self.inputs.items()},
+                "origin": self.origin,
+            }
+        )
 
     @property
     def name(self) -> str:
@@ -128,15 +138,18 @@ class Root:
         """The finished artifact of `spec`, or None."""
         return self._open(spec.name)
 
-    def open(self, name: str, remedy: str) -> Artifact:
-        """The finished artifact `kind/fingerprint`.
+    def open(self, spec: Spec) -> Artifact:
+        """The finished artifact of `spec`.
 
         Raises:
-            StrataError: it is not there; the message ends with `remedy`.
+            StrataError: it is not there.
         """
-        found = self._open(name)
+        found = self.find(spec)
         if found is None:
-            raise StrataError(f"{self.path}/{name}: no finished artifact there; {remedy}")
+            raise StrataError(
+                f"{self.path}/{spec.name}: the {spec.kind} of {spec.label} are not finished; run the "
+                "stage that makes them first, with the same recipe and settings"
+            )
         return found
 
     def _open(self, name: str) -> Artifact | None:
@@ -189,6 +202,10 @@ class Artifact:
     @property
     def fingerprint(self) -> str:
         return str(self.manifest["fingerprint"])
+
+    @property
+    def label(self) -> str:
+        return str(self.manifest["label"])
 
     @property
     def name(self) -> str:
@@ -333,8 +350,7 @@ def lineage(artifact: Artifact) -> Iterator[tuple[int, str, Artifact | None]]:
     gone).
     """
     yield 0, artifact.name, artifact
-    for kind, made_from in artifact.manifest["inputs"].items():
-        name = f"{kind.split('.')[0]}/{made_from}"
+    for name in artifact.manifest["inputs"].values():
         upstream = artifact.root._open(name)
         if upstream is None:
             yield 1, name, None

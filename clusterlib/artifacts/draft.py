@@ -189,9 +189,10 @@ class Draft:
         manifest = {
             "kind": self.spec.kind,
             "fingerprint": self.spec.fingerprint,
+            "label": self.spec.label,
             "schema_version": self.spec.version,
             "config": dump(self.spec.config),
-            "inputs": dict(self.spec.inputs),
+            "inputs": {name: spec.name for name, spec in self.spec.inputs.items()},
             "origin": dict(self.spec.origin),
             "num_rows_in": num_rows_in,
             "num_rows_out": num_rows_out,
