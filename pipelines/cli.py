@@ -261,6 +261,18 @@ def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> No
         click.echo("\n".join(as_text(describe(item)) for item in found))
 
 
+@main.command("settings", cls=_Command)
+@click.argument("section", default="")
+@click.option("--markdown", is_flag=True, help="As the page pipelines/settings.md.")
+def _settings(section: str, markdown: bool) -> None:
+    """Show every setting of a recipe, or those of one SECTION such as train.optimizer."""
+    from pipelines.run import RunConfig
+    from pipelines.settings import as_markdown, as_text, settings
+
+    found = settings(RunConfig, section)
+    click.echo(as_markdown(found) if markdown else as_text(found), nl=not markdown)
+
+
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
     from pipelines.report import format_scores, score_tables, verdict
 

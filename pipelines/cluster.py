@@ -45,7 +45,9 @@ class ClusterConfig(Config):
         description="a source with fewer gets fewer leaves; FAISS warns below 39 points per "
         "centroid",
     )
-    num_iterations: int = Field(20, ge=1)
+    num_iterations: int = Field(
+        20, ge=1, description="rounds of assignment and new centroids in a fit"
+    )
     num_fits: int = Field(
         2,
         ge=1,
@@ -53,9 +55,13 @@ class ClusterConfig(Config):
         "they agree is in "
         "the manifest",
     )
-    seed: int = Field(0, ge=0, le=_LAST_SEED)
+    seed: int = Field(
+        0, ge=0, le=_LAST_SEED, description="of the sample and of the first fit's initial centroids"
+    )
 
-    cpus_per_worker: float = runtime(1, gt=0)
+    cpus_per_worker: float = runtime(
+        1, gt=0, description="logical CPUs that the fit of a source takes"
+    )
     gpus_per_worker: float = runtime(0, ge=0, description="needs faiss-gpu; 0 stays on the CPU")
 
 

@@ -50,7 +50,7 @@ class EmbedConfig(Config):
     max_workers: int | None = runtime(
         None, ge=1, description="processes; by default as many as there is room for"
     )
-    cpus_per_worker: float = runtime(1, gt=0)
+    cpus_per_worker: float = runtime(1, gt=0, description="logical CPUs that a process takes")
     gpus_per_worker: float = runtime(
         0, ge=0, description="1 or a share of one on GPU nodes; 0 stays on the CPU"
     )

@@ -49,8 +49,12 @@ class EvaluateConfig(Config):
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
     )
 
-    cpus_per_worker: float = runtime(1, gt=0)
-    gpus_per_worker: float = runtime(0, ge=0)
+    cpus_per_worker: float = runtime(
+        1, gt=0, description="logical CPUs that a model that is scored takes"
+    )
+    gpus_per_worker: float = runtime(
+        0, ge=0, description="GPUs, or a share of one, that a model that is scored takes"
+    )
 
     def pinned(self) -> Self:
         references = {

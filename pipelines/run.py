@@ -39,8 +39,8 @@ _RECIPES = Path(__file__).parent / "recipes"
 class RunConfig(Config):
     """A recipe: every setting of a run."""
 
-    name: str = Field(..., pattern=r"^[\w.-]+$")
-    description: str = ""
+    name: str = Field(..., pattern=r"^[\w.-]+$", description="what the report calls the run")
+    description: str = Field("", description="what the run is for, in the report")
     data: str = runtime(
         ".", description="folder or URI where relative paths of inputs and tests start"
     )
