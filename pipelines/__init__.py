@@ -1,4 +1,15 @@
-"""The stages: each reads one artifact and writes one, and `run` chains them."""
+"""The stages: each reads artifacts of one kind and writes one, and `run` chains them."""
+
+# In the order of a run: a stage's name, which is its command's and its file's here, and what it does.
+STAGES = {
+    "ingest": "Read source files into pairs.",
+    "embed": "Embed the pairs with the teacher.",
+    "cluster": "Fit k-means of every source.",
+    "shard": "Group rows by cluster and tokenise them.",
+    "train": "Train the student of every arm.",
+    "evaluate": "Score students and references.",
+    "report": "Write the HTML report.",
+}
 
 # What libraries read when they are imported, here and in the processes that Ray starts: their own
 # progress bars and notices would bury ours. What the user's environment says comes first.

@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clusterlib.errors import StrataError
-from pipelines import ENVIRONMENT
+from pipelines import ENVIRONMENT, STAGES
 
 if TYPE_CHECKING:
     from clusterlib.artifacts.artifact import Artifact
-    from pipelines.run import Run, RunConfig
-
-STAGES = {
-    "ingest": "Read source files into pairs.",
-    "embed": "Embed the pairs with the teacher.",
-    "cluster": "Fit k-means of every source.",
-    "shard": "Group rows by cluster and tokenise them.",
-    "train": "Train the student of every arm.",
-    "evaluate": "Score students and references.",
-    "report": "Write the HTML report.",
-}
+    from pipelines.recipe import RunConfig
+    from pipelines.run import Run
 
 
 class _Command(click.Command):
@@ -78,7 +69,7 @@ def _recipe_command(name: str, text: str) -> Callable[[Callable[..., None]], cli
 def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
     os.environ.update({**ENVIRONMENT, **os.environ})
     from clusterlib.artifacts.config import parse_overrides
-    from pipelines.run import load_recipe
+    from pipelines.recipe import load_recipe
 
     return load_recipe(recipe, parse_overrides(overrides))
 
@@ -94,7 +85,7 @@ def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> 
     if dry_run:
         _dry_run(run)
         return None
-    run.specs()  # inputs and models that are not there show now, not after hours
+    run.all_specs()  # inputs and models that are not there show now, not after hours
     run.root.check_writable()
     return run
 
@@ -110,22 +101,19 @@ def _do(
     run = _open(recipe, overrides, root, dry_run)
     if run is None:
         return
-    from pipelines.stage import ray_session
+    from pipelines.session import ray_session
 
     with ray_session(address):
         for stage in stages:
-            made = getattr(run, stage)()
-            found = {
-                item.name: item for item in (made.values() if isinstance(made, dict) else [made])
-            }
-            for artifact in found.values():
+            for artifact in run.make(stage):
                 click.echo(f"{stage}: {artifact.path}")
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
         from pipelines.report import REPORT
 
-        click.echo(f"report: {run.report().path}/{REPORT}")
+        (report,) = run.make("report")
+        click.echo(f"report: {report.path}/{REPORT}")
 
 
 @_recipe_command("run", "Run all stages of a recipe, skipping what is done.")
@@ -160,7 +148,7 @@ def _evaluate(models: tuple[str, ...], **arguments: Any) -> None:
     run = _open(**arguments)
     if run is None:
         return
-    from pipelines.stage import ray_session
+    from pipelines.session import ray_session
 
     with ray_session(address):
         scores = run.score(models)
@@ -174,7 +162,7 @@ def _tune(
     run = _open(recipe, overrides, root, dry_run)
     if run is None:
         return
-    from pipelines.stage import ray_session
+    from pipelines.session import ray_session
 
     with ray_session(address):
         outcomes = run.tune()
@@ -261,6 +249,18 @@ def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> No
         click.echo("\n".join(as_text(describe(item)) for item in found))
 
 
+@main.command("settings", cls=_Command)
+@click.argument("section", default="")
+@click.option("--markdown", is_flag=True, help="As the page pipelines/settings.md.")
+def _settings(section: str, markdown: bool) -> None:
+    """Show every setting of a recipe, or those of one SECTION such as train.optimizer."""
+    from pipelines.recipe import RunConfig
+    from pipelines.settings import as_markdown, as_text, settings
+
+    found = settings(RunConfig, section)
+    click.echo(as_markdown(found) if markdown else as_text(found), nl=not markdown)
+
+
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
     from pipelines.report import format_scores, score_tables, verdict
 
@@ -277,13 +277,13 @@ def _dry_run(run: Run) -> None:
         yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     )
     try:
-        specs = run.specs()
+        specs = run.all_specs()
     except StrataError as error:
         click.echo(f"What would run cannot be told yet: {error}")
         return
-    for owner, spec in specs:
+    for spec in specs:
         state = "done" if run.root.find(spec) else "to make"
-        click.echo(f"{state:<8} {spec.name:<32} {owner}".rstrip())
+        click.echo(f"{state:<8} {spec.name:<32} {spec.label}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
@@ -19,7 +19,11 @@ from clusterlib.batches.permutation import mix
 from clusterlib.clusters import kmeans, tree
 from clusterlib.clusters.diagnostics import agreement, imbalance
 from clusterlib.errors import StrataError
-from pipelines.stage import Task, Workers, largest_node_bytes, make
+from pipelines.stage import Stage
+from pipelines.tasks import Job, Task, Workers, largest_node_bytes, make
+
+if TYPE_CHECKING:
+    from pipelines.run import Arm
 
 _LAST_SEED = 2**31 - 1  # FAISS takes an int32
 
@@ -45,7 +49,9 @@ class ClusterConfig(Config):
         description="a source with fewer gets fewer leaves; FAISS warns below 39 points per "
         "centroid",
     )
-    num_iterations: int = Field(20, ge=1)
+    num_iterations: int = Field(
+        20, ge=1, description="rounds of assignment and new centroids in a fit"
+    )
     num_fits: int = Field(
         2,
         ge=1,
@@ -53,18 +59,20 @@ class ClusterConfig(Config):
         "they agree is in "
         "the manifest",
     )
-    seed: int = Field(0, ge=0, le=_LAST_SEED)
+    seed: int = Field(
+        0, ge=0, le=_LAST_SEED, description="of the sample and of the first fit's initial centroids"
+    )
 
-    cpus_per_worker: float = runtime(1, gt=0)
+    cpus_per_worker: float = runtime(
+        1, gt=0, description="logical CPUs that the fit of a source takes"
+    )
     gpus_per_worker: float = runtime(0, ge=0, description="needs faiss-gpu; 0 stays on the CPU")
 
 
 class Cluster(Stage):
     """A source's tree: one row for each of its nodes, leaves first."""
 
-    name = "cluster"
     kind = "centroids"
-    help = "Fit k-means of every source."
 
     def specs(self, arm: Arm) -> dict[str, Spec]:
         return {
@@ -80,7 +88,9 @@ class Cluster(Stage):
         Raises:
             StrataError: a fit takes more memory than any node has.
         """
-        fits = [_Fit.of(spec, root) for spec in specs]
+        fits = [
+            _Fit(spec.config["cluster"], root.open(spec.inputs["embeddings"])) for spec in specs
+        ]
         first = fits[0].config  # how many processors a fit takes is no source's own
         memory_bytes = max(fit.memory_bytes for fit in fits)
         _check_memory(max(fits, key=lambda fit: fit.memory_bytes))
@@ -89,7 +99,11 @@ class Cluster(Stage):
             num_gpus=first.gpus_per_worker,
             memory_bytes=memory_bytes,
         )
-        make(self.name, [_job(fit, Draft(root, spec)) for fit, spec in zip(fits, specs, strict=True)], workers)
+        jobs = [_job(fit, Draft(root, spec)) for fit, spec in zip(fits, specs, strict=True)]
+        make("cluster", jobs, workers)
+
+
+STAGE = Cluster()
 
 
 def centroids_spec(config: ClusterConfig, embeddings: Spec) -> Spec:
@@ -120,54 +134,76 @@ class _Fit:
     def memory_bytes(self) -> int:
         most = self.num_leaves * self.config.points_per_centroid
         return self.row_bytes * min(self.embeddings.num_rows, most)
-class _Worker:
-    def __init__(self, config: ClusterConfig, embeddings: Artifact, draft: Draft) -> None:
-        self._config = config
-        self._embeddings = embeddings
-        self._draft = draft
 
-    def __call__(self, work: tuple[str, int]) -> Receipt:
-        source, num_pairs = work
-        config = self._config
-        num_leaves = max(1, min(config.num_leaves, num_pairs // config.min_pairs_per_leaf))
-        vectors = sample(
-            self._embeddings, source, num_pairs, num_leaves * config.points_per_centroid, config
+
+def _check_memory(fit: _Fit) -> None:
+    """Raise StrataError where no node of the Ray cluster has the memory of the largest fit."""
+    room = largest_node_bytes()
+    if fit.memory_bytes > room:
+        fitting = int(room // fit.row_bytes // fit.num_leaves)
+        raise StrataError(
+            f"cluster.points_per_centroid={fit.config.points_per_centroid}: the fit of "
+            f"{fit.embeddings.label} takes {fit.memory_bytes / 2**30:.1f} GiB and the largest node "
+            f"has {room / 2**30:.1f} GiB; set at most {fitting}"
         )
-        num_leaves = min(num_leaves, len(vectors))
-        fits = [
-            kmeans.fit(
-                vectors,
-                num_leaves,
-                config.num_iterations,
-                seed & _LAST_SEED,
-                gpu=config.gpus_per_worker > 0,
-            )
-            for seed in range(config.seed, config.seed + config.num_fits)
-        ]
-        assigned = [kmeans.assign(vectors, fit.centroids) for fit in fits]
-        best = max(range(len(fits)), key=lambda number: float(assigned[number][1].sum()))
-        fit, (nearest, similarity) = fits[best], assigned[best]
-        sizes = np.bincount(nearest, minlength=num_leaves)
-        # The mean of a leaf's unit vectors points along its centroid and is as long as their mean
-        # similarity.
-        lengths = np.bincount(nearest, similarity, minlength=num_leaves) / np.maximum(sizes, 1)
-        merges, order = tree.build(fit.centroids * lengths[:, None], np.maximum(sizes, 1))
-        table = _nodes(source, merges, fit.centroids[order], (lengths * sizes)[order], sizes[order])
-        part = self._draft.write(
-            "centroids", source, centroids_schema(fit.centroids.shape[1]), [table]
+
+
+def _job(fit: _Fit, draft: Draft) -> Job:
+    source = fit.embeddings.label
+
+    def publish(receipts: list[Receipt]) -> Artifact:
+        return draft.publish(receipts, receipts[0].stats)
+
+    worker = functools.partial(_worker, fit, draft)
+    return Job(draft, [Task("fit", fit.embeddings.num_rows, source)], worker, publish)
+
+
+def _worker(fit: _Fit, draft: Draft) -> Callable[[Any], Receipt]:
+    return lambda _: _fit(fit, draft)
+
+
+def _fit(asked: _Fit, draft: Draft) -> Receipt:
+    """A fit reads pairs and makes nodes, which are other things: rows in = rows out holds for
+    neither.
+    """
+    config, embeddings = asked.config, asked.embeddings
+    vectors = sample(embeddings, asked.num_leaves * config.points_per_centroid, config)
+    num_leaves = min(asked.num_leaves, len(vectors))
+    fits = [
+        kmeans.fit(
+            vectors,
+            num_leaves,
+            config.num_iterations,
+            seed & _LAST_SEED,
+            gpu=config.gpus_per_worker > 0,
         )
-        stats = {
-            "num_pairs": num_pairs,
-            "num_sampled": len(vectors),
-            "num_leaves": num_leaves,
-            "num_leaves_asked": config.num_leaves,
-            "mean_similarity": float(similarity.mean()),
-            "objective_by_iteration": [value / len(vectors) for value in fit.objective],
-            "agreement": agreement([labels for labels, _ in assigned]),
-            "imbalance": imbalance(sizes),
-            "num_empty_leaves": int((sizes == 0).sum()),
-        }
-        return Receipt([part], table.num_rows, stats=stats)
+        for seed in range(config.seed, config.seed + config.num_fits)
+    ]
+    assigned = [kmeans.assign(vectors, fit.centroids) for fit in fits]
+    best = max(range(len(fits)), key=lambda number: float(assigned[number][1].sum()))
+    fit, (nearest, similarity) = fits[best], assigned[best]
+    sizes = np.bincount(nearest, minlength=num_leaves)
+    # The mean of a leaf's unit vectors points along its centroid and is as long as their mean
+    # similarity.
+    lengths = np.bincount(nearest, similarity, minlength=num_leaves) / np.maximum(sizes, 1)
+    merges, order = tree.build(fit.centroids * lengths[:, None], np.maximum(sizes, 1))
+    table = _nodes(
+        embeddings.label, merges, fit.centroids[order], (lengths * sizes)[order], sizes[order]
+    )
+    part = draft.write("centroids", "fit", centroids_schema(fit.centroids.shape[1]), [table])
+    stats = {
+        "width": embeddings.stats["width"],
+        "num_pairs": embeddings.num_rows,
+        "num_sampled": len(vectors),
+        "num_leaves": num_leaves,
+        "num_leaves_asked": config.num_leaves,
+        "mean_similarity": float(similarity.mean()),
+        "objective_by_iteration": [value / len(vectors) for value in fit.objective],
+        "agreement": agreement([labels for labels, _ in assigned]),
+        "imbalance": imbalance(sizes),
+        "num_empty_leaves": int((sizes == 0).sum()),
+    }
+    return Receipt([part], table.num_rows, stats=stats)
 
 
 def _nodes(
@@ -186,34 +222,18 @@ def _nodes(
     return nodes.append_column("centroid", fixed_size_list(means.astype(np.float32)))
 
 
-def sample(
-    embeddings: Artifact, source: str, num_pairs: int, size: int, config: ClusterConfig
-) -> np.ndarray:
+def sample(embeddings: Artifact, size: int, config: ClusterConfig) -> np.ndarray:
     """About `size` of a source's vectors, float32 [n, D]; all of them when it has no more.
 
     A pair is taken by the hash of its id and the seed, so the sample depends on neither the blocks
     nor their order, and is in the order of the input.
     """
-    threshold = (
-        np.uint64(min(size / num_pairs, 1) * (2**64 - 1))
-        if size < num_pairs
-        else np.uint64(2**64 - 1)
-    )
+    last = 2**64 - 1
+    if size < embeddings.num_rows:
+        last = int(size / embeddings.num_rows * last)
     chosen = []
-    for table in of_source(embeddings, source, kmeans.columns(config.field)):
+    for table in embeddings.row_groups(["pair_id", *kmeans.columns(config.field)]):
         keys = mix(table["pair_id"].to_numpy() + np.uint64(config.seed))
-        chosen.append(kmeans.field_vectors(table.filter(pa.array(keys <= threshold)), config.field))
+        taken = table.filter(pa.array(keys <= np.uint64(last)))
+        chosen.append(kmeans.field_vectors(taken, config.field))
     return np.concatenate(chosen)
-
-
-def of_source(embeddings: Artifact, source: str, columns: list[str]) -> Iterator[pa.Table]:
-    """A source's rows, a row group at a time; row groups of other sources are not read."""
-    for part in embeddings.parts():
-        file = embeddings.open_parquet(part)
-        place = file.schema_arrow.get_field_index("source")
-        for group in range(file.num_row_groups):
-            statistics: Any = file.metadata.row_group(group).column(place).statistics
-            if statistics is not None and not statistics.min <= source <= statistics.max:
-                continue
-            table = file.read_row_group(group, columns=["pair_id", "source", *columns])
-            yield table.filter(pc.equal(table["source"], source))

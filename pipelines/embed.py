@@ -54,7 +54,7 @@ class EmbedConfig(Config):
     max_workers: int | None = runtime(
         None, ge=1, description="processes; by default as many as there is room for"
     )
-    cpus_per_worker: float = runtime(1, gt=0)
+    cpus_per_worker: float = runtime(1, gt=0, description="logical CPUs that a process takes")
     gpus_per_worker: float = runtime(
         0, ge=0, description="1 or a share of one on GPU nodes; 0 stays on the CPU"
     )
@@ -72,9 +72,7 @@ class EmbedConfig(Config):
 class Embed(Stage):
     """A source's pairs with the teacher's vectors."""
 
-    name = "embed"
     kind = "embeddings"
-    help = "Embed the pairs with the teacher."
 
     def specs(self, arm: Arm) -> dict[str, Spec]:
         return {
@@ -94,12 +92,15 @@ class Embed(Stage):
         jobs = [_job(config, spec, root) for config, spec in zip(configs, specs, strict=True)]
         first = configs[0]  # how many there are is no source's own
         make(
-            self.name,
+            "embed",
             jobs,
             Workers(
                 first.min_workers, first.max_workers, first.cpus_per_worker, first.gpus_per_worker
             ),
         )
+
+
+STAGE = Embed()
 
 
 def embeddings_spec(config: EmbedConfig, pairs: Spec) -> Spec:

@@ -12,21 +12,25 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import ray
 from pydantic import Field
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
-from clusterlib.artifacts.config import Config, runtime
+from clusterlib.artifacts.config import Config, fingerprint, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import MEAN, SCORES
 from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
 from pipelines.sources import origin
-from pipelines.stage import fetch, told
+from pipelines.stage import Stage
+from pipelines.tasks import fetch, told
 from train.launch import EXPORT
 from train.model import ModelRef
+
+if TYPE_CHECKING:
+    from pipelines.run import Arm
 
 # What mteb registers as its own, ranks a corpus and has neither weights nor a tokenizer to fetch.
 BASELINES = frozenset(
@@ -49,8 +53,18 @@ class EvaluateConfig(Config):
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
     )
 
-    cpus_per_worker: float = runtime(1, gt=0)
-    gpus_per_worker: float = runtime(0, ge=0)
+    cpus_per_worker: float = runtime(
+        1, gt=0, description="logical CPUs that a model that is scored takes"
+    )
+    gpus_per_worker: float = runtime(
+        0, ge=0, description="GPUs, or a share of one, that a model that is scored takes"
+    )
+
+    def content(self) -> dict[str, Any]:
+        """What shapes a model's scores; with what others they are compared does not."""
+        content = super().content()
+        del content["references"]
+        return content
 
     def pinned(self) -> Self:
         references = {
@@ -60,42 +74,91 @@ class EvaluateConfig(Config):
         return self.model_copy(update={"references": references})
 
 
-def scores_spec(config: EvaluateConfig, run: str, model: str | ModelRef) -> Spec:
+class Evaluate(Stage):
+    """A model's scores on mteb tasks and local retrieval tests."""
+
+    kind = "scores"
+
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        config = arm.run.config.evaluate
+        models: dict[str, Spec | ModelRef] = {**config.references, **arm.specs("model")}
+        return {name: scores_spec(config, name, model) for name, model in models.items()}
+
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        """Score models side by side, with mteb's own JSON beside each table.
+
+        Raises:
+            StrataError: a test or a model cannot be read.
+        """
+        tests: dict[str, ray.ObjectRef] = {}
+        pending: list[tuple[Draft, ray.ObjectRef]] = []
+        for spec in specs:
+            config: EvaluateConfig = spec.config["evaluate"]
+            key = fingerprint(config)
+            if key not in tests:
+                tests[key] = ray.put([read_test(test) for test in config.tests])
+            model = root.open(spec.inputs["model"]) if spec.inputs else spec.config["model"]
+            # By default a task would be held inside the small placement group of the trial that
+            # calls it.
+            task = ray.remote(
+                num_cpus=config.cpus_per_worker,
+                num_gpus=config.gpus_per_worker,
+                scheduling_strategy="DEFAULT",
+            )(_score)
+            draft = Draft(root, spec)
+            pending.append((draft, task.remote(draft, model, tests[key])))
+        for draft, reference in pending:
+            fetch(draft, f"evaluate: {draft.spec.label}", reference)
+            print(f"evaluate: {draft.spec.label} done")
+
+
+STAGE = Evaluate()
+
+
+def scores_spec(config: EvaluateConfig, run: str, model: Spec | ModelRef) -> Spec:
     """What a model's scores are made from.
 
     Args:
-        model: fingerprint of a trained model, or where another one comes from.
+        run: what people call it.
+        model: a trained model, or where another one comes from.
     """
-    tests = StudentTests(config)
-    settings = {
-        "run": run,
-        **tests.content(),
-        # mteb's own baselines have no folder to take a digest of; their name says all.
-        "model": model.name if isinstance(model, ModelRef) and _is_baseline(model) else model,
-    }
-    return Spec(
-        "scores", 1, settings, {"model": model} if isinstance(model, str) else {}, tests.origin()
+    settings: dict[str, Any] = {"run": run, "evaluate": config}
+    inputs = {}
+    if isinstance(model, Spec):
+        inputs["model"] = model
+    else:
+        settings["model"] = model
+    origin = StudentTests(config.tests, config.tasks).origin()
+    return Spec("scores", 2, settings, inputs, origin, label=run)
+
+
+def mean_score(scores: Artifact, metric: str) -> float:
+    """A model's mean over the tests of one metric, by mteb's name."""
+    rows = scores.read().to_pylist()
+    return next(
+        float(row["value"]) for row in rows if row["task"] == MEAN and row["metric"] == metric
     )
 
 
 @dataclass(frozen=True)
 class StudentTests:
-    """The tests of `evaluate`, to score students with while they learn: a train.launch.Tests."""
+    """Tests to score students with while they learn: a train.launch.Tests."""
 
-    config: EvaluateConfig
+    tests: Sequence[RetrievalTestConfig]
+    tasks: Sequence[str]
 
     def content(self) -> dict[str, Any]:
-        return {"tests": self.config.tests, "tasks": self.config.tasks}
+        return {"tests": list(self.tests), "tasks": list(self.tasks)}
 
     def origin(self) -> dict[str, Any]:
-        return {"tests": [origin(test) for test in self.config.tests]}
+        return {"tests": [origin(test) for test in self.tests]}
 
     @functools.cached_property
     def _tests(self) -> list[RetrievalTest]:
-        return [read_test(test) for test in self.config.tests]
+        return [read_test(test) for test in self.tests]
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        rows, _ = _measure(_load_folder(model, device), self._tests, self.config.tasks)
+        rows, _ = _measure(_load_folder(model, device), self._tests, self.tasks)
         return rows
 
 
@@ -103,64 +166,15 @@ def _is_baseline(model: ModelRef) -> bool:
     return model.name in BASELINES
 
 
-def evaluate(
-    config: EvaluateConfig, models: dict[str, Artifact | ModelRef], root: Root
-) -> dict[str, Artifact]:
-    """Score models side by side, each into a `scores` artifact with mteb's own JSON beside the
-    table.
-
-    Args:
-        models: name of the run -> trained model, or reference.
-
-    Raises:
-        StrataError: a test or a model cannot be read.
-    """
-    made: dict[str, Artifact] = {}
-    pending: dict[str, tuple[Draft, ray.ObjectRef]] = {}
-    tests = None
-    for run, model in models.items():
-        spec = scores_spec(config, run, model.fingerprint if isinstance(model, Artifact) else model)
-        found = root.find(spec)
-        if found is not None:
-            made[run] = found
-            continue
-        if tests is None:
-            tests = ray.put([read_test(test) for test in config.tests])
-        # By default a task would be held inside the small placement group of the trial that calls
-        # it.
-        task = ray.remote(
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
-            scheduling_strategy="DEFAULT",
-        )(_score)
-        draft = Draft(root, spec)
-        pending[run] = draft, task.remote(draft, run, model, tests, config.tasks)
-    for run, (draft, reference) in pending.items():
-        made[run] = fetch(draft, f"evaluate: {run}", reference)
-        print(f"evaluate: {run} done")
-    return {run: made[run] for run in models}
-
-
-def _score(
-    draft: Draft,
-    run: str,
-    model: Artifact | ModelRef,
-    tests: Sequence[RetrievalTest],
-    tasks: Sequence[str],
-) -> Artifact:
+def _score(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTest]) -> None:
     """Evaluate one model; runs as a Ray task."""
-    return told(draft, f"evaluate: {run}", "task", lambda: _scores(draft, run, model, tests, tasks))
+    told(draft, f"evaluate: {draft.spec.label}", "task", lambda: _scores(draft, model, tests))
 
 
-def _scores(
-    draft: Draft,
-    run: str,
-    model: Artifact | ModelRef,
-    tests: Sequence[RetrievalTest],
-    tasks: Sequence[str],
-) -> Artifact:
+def _scores(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTest]) -> None:
+    config: EvaluateConfig = draft.spec.config["evaluate"]
     with tempfile.TemporaryDirectory() as scratch:
-        rows, results = _measure(_load(model, Path(scratch)), tests, tasks)
+        rows, results = _measure(_load(model, Path(scratch)), tests, config.tasks)
     parts = [
         draft.write_bytes(
             "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
@@ -168,9 +182,10 @@ def _scores(
         for task, data in results.items()
     ]
     step = int(model.stats["kept_step"]) if isinstance(model, Artifact) else 0
+    run = draft.spec.config["run"]
     table = pa.Table.from_pylist([{"run": run, "step": step, **row} for row in rows], schema=SCORES)
     parts.append(draft.write("scores", "scores", SCORES, [table]))
-    return draft.publish([Receipt(parts, table.num_rows)])
+    draft.publish([Receipt(parts, table.num_rows)])
 
 
 def _measure(

@@ -8,7 +8,7 @@ import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,13 @@ from clusterlib.artifacts.config import Config
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import PAIRS, REJECTS, rejects, validate_pairs
 from clusterlib.errors import StrataError
-from pipelines.retrieval_tests import RetrievalTestConfig, is_held_out, passage_ids, read_test
 from pipelines.sources import InputConfig, Split, origin, read, splits
-from pipelines.stage import Task, Workers, make
+from pipelines.stage import Stage
+from pipelines.tasks import Job, Task, Workers, make
 
-_HELD_OUT = "passage belongs to a retrieval test"
+if TYPE_CHECKING:
+    from pipelines.run import Arm
+
 _NOT_CHOSEN = "not in the fraction to keep"
 _REJECTS_ROWS = 65_536  # in a row group
 
@@ -31,81 +33,84 @@ _REJECTS_ROWS = 65_536  # in a row group
 class IngestConfig(Config):
     """The pairs to train on."""
 
-    inputs: list[InputConfig] = Field(..., min_length=1)
+    inputs: list[InputConfig] = Field(
+        ..., min_length=1, description="files and data sets, each of one source"
+    )
     max_chars: int = Field(100_000, ge=1, description="a longer query or passage is refused")
 
 
-def pairs_spec(config: IngestConfig, tests: Sequence[RetrievalTestConfig]) -> Spec:
-    """What the pairs are made from."""
+class Ingest(Stage):
+    """A source's usable pairs."""
+
+    kind = "pairs"
+
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        ingest = arm.config.ingest
+        return {
+            source: pairs_spec(ingest, [item for item in ingest.inputs if item.source == source])
+            for source in arm.sources
+        }
+
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        """Read every input of the sources.
+
+        Raises:
+            StrataError: an input is missing, damaged or lacks a column, or a source has no usable
+                pair.
+        """
+        make("ingest", [_job(spec, Draft(root, spec)) for spec in specs], Workers())
+
+
+STAGE = Ingest()
+
+
+def pairs_spec(config: IngestConfig, inputs: Sequence[InputConfig]) -> Spec:
+    """What a source's pairs are made from: its inputs."""
     return Spec(
         "pairs",
-        2,
-        {"ingest": config, "held_out": list(tests)},
-        origin={
-            "inputs": [origin(source) for source in config.inputs],
-            "held_out": [origin(test) for test in tests],
-        },
+        3,
+        {"max_chars": config.max_chars, "inputs": list(inputs)},
+        origin={"inputs": [origin(item) for item in inputs]},
+        label=inputs[0].source,
     )
 
 
-def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Root) -> Artifact:
-    """Read every input into the `pairs` artifact; no passage of `tests` gets in.
-
-    Raises:
-        StrataError: an input is missing, damaged or lacks a column, or no usable pair is left.
-    """
-    spec = pairs_spec(config, tests)
-    made = root.find(spec)
-    if made is not None:
-        return made
-    draft = Draft(root, spec)
+def _job(spec: Spec, draft: Draft) -> Job:
     tasks = [
         Task(f"{number:04d}-{split.id}", (f"{number:04d}-{split.id}", split), split.file)
-        for number, source in enumerate(config.inputs)
-        for split in splits(source)
+        for number, item in enumerate(spec.config["inputs"])
+        for split in splits(item)
     ]
-    ids = [passage_ids(read_test(test)) for test in tests]
-    held_out = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.uint64)
-    worker = functools.partial(_Worker, draft, config.max_chars, held_out)
 
     def publish(receipts: list[Receipt]) -> Artifact:
-        counts: Counter[str] = Counter()
-        for receipt in receipts:
-            counts.update(receipt.stats["num_rows_by_source"])
-        if not sum(counts.values()):
+        if not any(receipt.parts[0].num_rows for receipt in receipts):
             reasons = dict.fromkeys(reason for receipt in receipts for reason in receipt.rejects)
             raise StrataError(
-                f"no usable pair in any input ({', '.join(reasons) or 'all are empty'}); see "
-                "ingest.inputs"
+                f"source {spec.label}: no usable pair in its inputs "
+                f"({', '.join(reasons) or 'all are empty'}); see ingest.inputs"
             )
-        return draft.publish(receipts, {"num_rows_by_source": dict(sorted(counts.items()))})
+        return draft.publish(receipts)
 
-    return make(draft, "ingest", tasks, worker, Workers(), publish)
+    return Job(draft, tasks, functools.partial(_Worker, draft, spec.config["max_chars"]), publish)
 
 
 class _Worker:
-    def __init__(self, draft: Draft, max_chars: int, held_out: np.ndarray) -> None:
+    def __init__(self, draft: Draft, max_chars: int) -> None:
         self._draft = draft
         self._max_chars = max_chars
-        self._held_out = held_out
 
     def __call__(self, work: tuple[str, Split]) -> Receipt:
         part_id, split = work
         with tempfile.TemporaryFile() as spill:
             refused = _Rejects(split.input.source, spill)
-            pairs = self._draft.write("pairs", part_id, PAIRS, self._usable(split, refused))
-            parts = [pairs]
+            parts = [self._draft.write("pairs", part_id, PAIRS, self._usable(split, refused))]
             if refused.num_kept:
                 parts.append(self._draft.write("rejects", part_id, REJECTS, refused.groups()))
-        return Receipt(
-            parts,
-            refused.num_rows_in,
-            dict(sorted((+refused.counts).items())),
-            {"num_rows_by_source": {split.input.source: pairs.num_rows}},
-        )
+        return Receipt(parts, refused.num_rows_in, dict(sorted((+refused.counts).items())))
 
     def _usable(self, split: Split, refused: _Rejects) -> Iterator[pa.Table]:
         """Usable pairs of a split, a row group at a time; other rows go to `refused`."""
+        is_left_out = _not_chosen(split.input.fraction)
         for raw in read(split, refused.unreadable):
             refused.num_rows_in += raw.num_rows
             pairs, bad = validate_pairs(raw, split.input.source, self._max_chars)
@@ -113,14 +118,9 @@ class _Worker:
                 *(bad[name].to_pylist() for name in ("file", "row", "reason")), strict=True
             ):
                 refused.keep(*row)
-            for reason, drop in (
-                (_HELD_OUT, lambda table: is_held_out(table["passage_id"], self._held_out)),
-                (_NOT_CHOSEN, _not_chosen(split.input.fraction)),
-            ):
-                dropped = drop(pairs)
-                refused.counts[reason] += int(dropped.sum())
-                pairs = pairs.filter(pa.array(~dropped))
-            yield pairs
+            left_out = is_left_out(pairs)
+            refused.counts[_NOT_CHOSEN] += int(left_out.sum())
+            yield pairs.filter(pa.array(~left_out))
 
 
 class _Rejects:

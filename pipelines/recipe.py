@@ -139,6 +139,6 @@ def load_recipe(name: str, overrides: dict[str, Any]) -> RunConfig:
         )
     config = _validate(override(read_yaml(path), overrides), str(path))
     for arm in config.arm_configs().values():  # faults there show now, not after hours
-        for source in arm.sources:
+        for source in arm.source_names():
             arm.of_source(source)
     return config

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -21,12 +22,16 @@ from clusterlib.artifacts.tables import MEAN
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.clusters import kmeans
 from clusterlib.clusters.diagnostics import top_terms
+from clusterlib.clusters.shards import Shards
 from clusterlib.clusters.tree import Node
-from pipelines.cluster import of_source
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
-from train.data import shard_index
+from pipelines.stage import Stage
 from train.loop import Progress
+
+if TYPE_CHECKING:
+    from pipelines.recipe import RunConfig
+    from pipelines.run import Arm
 
 REPORT = "report.html"
 _SAMPLE_ROWS = 2000  # rows of each source that terms and examples are taken from
@@ -35,71 +40,118 @@ _NUM_EXAMPLES = 3
 _COLORS = ("#7a8794", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#30638e")
 
 
-def report_spec(name: str, inputs: Mapping[str, Mapping[str, str]]) -> Spec:
-    """What a report is made from: names of artifacts, of each arm by kind, and of scores by run
-    under "".
+class Report(Stage):
+    """What a run found, as one HTML file."""
+
+    kind = "report"
+
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        run = arm.run
+        inputs = {
+            f"model.{name}": model
+            for name, other in run.arms.items()
+            for model in other.specs("model").values()
+        }
+        inputs |= {f"scores.{scores.label}": scores for scores in run.specs("scores")}
+        return {
+            run.config.name: Spec(
+                "report", 2, {"recipe": run.config}, inputs, label=run.config.name
+            )
+        }
+
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        for spec in specs:
+            draft = Draft(root, spec)
+            html = _html(_Found(spec, root)).encode()
+            draft.publish([Receipt([draft.write_bytes("report", REPORT, html)])])
+
+
+STAGE = Report()
+
+
+class _Found:
+    """What a report is about, opened.
+
+    Attributes:
+        arms: name of the arm -> kind -> artifacts, a source after the other.
+        scores: by name of the run.
     """
-    flat = {
-        f"{kind}.{owner}" if owner else f"scores.{kind}": artifact.partition("/")[2]
-        for owner, artifacts in inputs.items()
-        for kind, artifact in artifacts.items()
-    }
-    return Spec("report", 1, {"name": name}, flat)
+
+    def __init__(self, spec: Spec, root: Root) -> None:
+        self.recipe: RunConfig = spec.config["recipe"]
+        self.arms: dict[str, dict[str, list[Artifact]]] = {}
+        self.scores: dict[str, Artifact] = {}
+        for name, made in spec.inputs.items():
+            kind, _, owner = name.partition(".")
+            if kind == "scores":
+                self.scores[owner] = root.open(made)
+            else:
+                kinds = _by_kind(made)
+                self.arms[owner] = {
+                    kind: [root.open(spec) for spec in specs] for kind, specs in kinds.items()
+                }
+
+    @property
+    def first(self) -> dict[str, list[Artifact]]:
+        return next(iter(self.arms.values()))
+
+    @functools.cached_property
+    def models(self) -> dict[str, Artifact]:
+        return {arm: kinds["model"][0] for arm, kinds in self.arms.items()}
+
+    def artifacts(self) -> list[Artifact]:
+        """All, each once."""
+        found = [
+            artifact
+            for kinds in self.arms.values()
+            for artifacts in kinds.values()
+            for artifact in artifacts
+        ]
+        return list(
+            {artifact.name: artifact for artifact in [*found, *self.scores.values()]}.values()
+        )
 
 
-def report(
-    name: str, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]], root: Root
-) -> Artifact:
-    """Write `report.html`.
+def _by_kind(spec: Spec) -> dict[str, list[Spec]]:
+    """A spec and all it is made from, first what is made first."""
+    found: dict[str, dict[str, Spec]] = {}
 
-    Args:
-        config: the whole resolved recipe, to be shown.
-        inputs: see `report_spec`; all must be finished.
-    """
-    spec = report_spec(name, inputs)
-    made = root.find(spec)
-    if made is not None:
-        return made
+    def visit(spec: Spec) -> None:
+        for made_from in spec.inputs.values():
+            visit(made_from)
+        found.setdefault(spec.kind, {})[spec.name] = spec
 
-    def opened(artifact: str) -> Artifact:
-        return root.open(artifact, "run the recipe's earlier stages first")
+    visit(spec)
+    return {kind: list(specs.values()) for kind, specs in found.items()}
 
-    arms = {
-        arm: {kind: opened(found) for kind, found in kinds.items()}
-        for arm, kinds in inputs.items()
-        if arm
-    }
-    scores = {run: opened(found) for run, found in inputs[""].items()}
-    tables = score_tables(scores, list(arms))
+
+def _html(found: _Found) -> str:
+    arms = list(found.arms)
+    tables = score_tables(found.scores, arms)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    first = next(iter(arms.values()))
-    html = environment.get_template("report.html.j2").render(
-        name=name,
-        description=config["description"],
-        verdict=verdict(tables[0], list(arms)),
+    made = found.models[arms[-1]].manifest
+    return environment.get_template("report.html.j2").render(
+        name=found.recipe.name,
+        description=found.recipe.description,
+        verdict=verdict(tables[0], arms),
         tables=tables,
-        funnel=_funnel(first, arms),
-        rejects=first["pairs"].manifest["rejects"],
-        curves=_curves(arms),
-        clusters=_clusters(arms),
-        fits=first["centroids"].stats["fits"],
-        arms=_arm_rows(arms),
-        artifacts=_artifact_rows(
-            [
-                *[artifact for kinds in arms.values() for artifact in kinds.values()],
-                *scores.values(),
-            ]
+        funnel=_funnel(found),
+        rejects=_rejects(found.first),
+        curves=_curves(found.models),
+        clusters=_clusters(found),
+        fits={fit.label: fit.stats for fit in found.first["centroids"]},
+        arms=_arm_rows(found.models),
+        artifacts=_artifact_rows(found.artifacts()),
+        versions=made["versions"],
+        commit=made["commit"],
+        config=yaml.safe_dump(
+            found.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True
         ),
-        versions=first["shards"].manifest["versions"],
-        commit=first["shards"].manifest["commit"],
-        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
     )
-    draft = Draft(root, spec)
-    return draft.publish([Receipt([draft.write_bytes("report", REPORT, html.encode())])])
 
 
 @dataclass(frozen=True)
@@ -167,23 +219,19 @@ def verdict(table: ScoreTable, arms: Sequence[str]) -> str:
     return f"{last} does not beat {first} here: {difference:+.4f} mean {table.metric} ({of_tests})."
 
 
-def _funnel(
-    first: Mapping[str, Artifact], arms: Mapping[str, Mapping[str, Artifact]]
-) -> list[tuple[str, int, str]]:
+def _funnel(found: _Found) -> list[tuple[str, int, str]]:
     """(step, rows, remark) from what was read to what an epoch visits."""
-    pairs = first["pairs"]
+    first = found.first
+    num_rejects = sum(_rejects(first).values())
+    num_read = sum(pairs.manifest["num_rows_in"] for pairs in first["pairs"])
     steps = [
-        ("read", pairs.manifest["num_rows_in"], ""),
-        (
-            "usable pairs",
-            pairs.num_rows,
-            f"{sum(pairs.manifest['rejects'].values()):,} left out, by reason below",
-        ),
-        ("embedded", first["embeddings"].num_rows, ""),
-        ("in shards", first["shards"].num_rows, ""),
+        ("read", num_read, ""),
+        ("usable pairs", _num_rows(first["pairs"]), f"{num_rejects:,} left out, by reason below"),
+        ("embedded", _num_rows(first["embeddings"]), ""),
+        ("in shards", _num_rows(first["shards"]), ""),
     ]
-    for arm, kinds in arms.items():
-        for phase in kinds["model"].stats["phases"]:
+    for arm, model in found.models.items():
+        for phase in model.stats["phases"]:
             visits = phase["total"]
             rows = round(visits["coverage_fraction"] * visits["num_rows"])
             pure = f"{visits['pure_fraction']:.0%} of batches hold one stratum"
@@ -192,10 +240,23 @@ def _funnel(
     return steps
 
 
-def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
+def _num_rows(artifacts: Sequence[Artifact]) -> int:
+    return sum(artifact.num_rows for artifact in artifacts)
+
+
+def _rejects(kinds: Mapping[str, Sequence[Artifact]]) -> Counter[str]:
+    """Rows that were left out before training, by reason."""
+    counts: Counter[str] = Counter()
+    for kind in ("pairs", "embeddings", "shards"):
+        for artifact in kinds[kind]:
+            counts.update(artifact.manifest["rejects"])
+    return counts
+
+
+def _arm_rows(models: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     rows = []
-    for arm, kinds in arms.items():
-        stats, batching = kinds["model"].stats, kinds["model"].config["batching"]
+    for arm, model in models.items():
+        stats, batching = model.stats, model.config["batching"]
         pairs = stats["num_steps"] * batching["global_batch_size"]
         rows.append(
             {
@@ -211,30 +272,29 @@ def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]
                 "num_parameters": stats["num_parameters"],
                 "pairs_per_second": pairs / stats["train_seconds"],
                 "waiting_fraction": stats["data_seconds"] / stats["train_seconds"],
-                "model": kinds["model"].path,
+                "model": model.path,
             }
         )
     return rows
 
 
 def _artifact_rows(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
-    unique = {artifact.name: artifact for artifact in artifacts}
     return [
         {
-            "name": name,
+            "name": artifact.name,
+            "label": artifact.label,
             "num_rows": artifact.num_rows,
             "num_bytes": sum(part["num_bytes"] for part in artifact.manifest["parts"]),
             "created": artifact.manifest["created_utc"],
         }
-        for name, artifact in unique.items()
+        for artifact in artifacts
     ]
 
 
-def _curves(arms: Mapping[str, Mapping[str, Artifact]]) -> list[tuple[str, str]]:
+def _curves(models: Mapping[str, Artifact]) -> list[tuple[str, str]]:
     """(title, SVG) of what tests in the loop found, where there were any, and of what the steps
     recorded.
     """
-    models = {arm: kinds["model"] for arm, kinds in arms.items()}
     colors = dict(zip(models, _cycle(len(models)), strict=True))
     tested = {arm: model for arm, model in models.items() if model.parts("tests")}
     drawn = []
@@ -315,48 +375,46 @@ class ClusterRow:
     examples: list[str]
 
 
-def _clusters(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
+def _clusters(found: _Found) -> list[dict[str, Any]]:
     """Clusters of every source at the k of the first phase that batches by cluster (else of the
     first phase).
     """
     phases = [
-        (kinds, phase)
-        for kinds in arms.values()
-        for phase in BatchingConfig.model_validate(kinds["model"].config["batching"]).schedule()
+        (arm, phase)
+        for arm, model in found.models.items()
+        for phase in BatchingConfig.model_validate(model.config["batching"]).schedule()
     ]
-    kinds, phase = next((found for found in phases if found[1].has_clusters), phases[0])
-    index = shard_index(kinds["shards"])
-    centroids = leaf_centroids(kinds["centroids"])
-    field = kinds["centroids"].config["cluster"]["field"]
+    arm, phase = next((each for each in phases if each[1].has_clusters), phases[0])
+    kinds = found.arms[arm]
+    index = Shards(kinds["shards"]).index
     sources = []
-    for source, tree in index.trees.items():
+    for embeddings, centroids in zip(kinds["embeddings"], kinds["centroids"], strict=True):
+        source = embeddings.label
+        tree, starts = index.trees[source], index.leaf_starts[source]
         nodes = tree.cut(min(phase.k or tree.num_leaves, tree.num_leaves))
-        starts = index.leaf_starts[source]
         sizes = [
             int(starts[node.first_leaf + node.num_leaves] - starts[node.first_leaf])
             for node in nodes
         ]
-        rows = _describe(kinds["embeddings"], source, field, nodes, sizes, centroids[source])
+        rows = _describe(embeddings, centroids, nodes, sizes)
         sources.append({"source": source, "num_rows": sum(sizes), "rows": rows})
     return sources
 
 
 def _describe(
-    embeddings: Artifact,
-    source: str,
-    field: kmeans.ClusterField,
-    nodes: Sequence[Node],
-    sizes: Sequence[int],
-    centroids: np.ndarray,
+    embeddings: Artifact, centroids: Artifact, nodes: Sequence[Node], sizes: Sequence[int]
 ) -> list[ClusterRow]:
     """Terms and examples of a source's clusters, from its first rows."""
+    field: kmeans.ClusterField = centroids.config["cluster"]["field"]
     tables: list[pa.Table] = []
-    for table in of_source(embeddings, source, ["query", "passage", *kmeans.columns(field)]):
+    for table in embeddings.row_groups(["query", "passage", *kmeans.columns(field)]):
         tables.append(table)
         if sum(table.num_rows for table in tables) >= _SAMPLE_ROWS:
             break
     table = pa.concat_tables(tables).slice(0, _SAMPLE_ROWS)
-    leaves, similarity = kmeans.assign(kmeans.field_vectors(table, field), centroids)
+    leaves, similarity = kmeans.assign(
+        kmeans.field_vectors(table, field), leaf_centroids(centroids)
+    )
     ends = np.cumsum([node.num_leaves for node in nodes])
     clusters = np.searchsorted(ends, leaves, side="right")
     queries = table["query"].to_pylist()

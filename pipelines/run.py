@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,17 @@ from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.batches.plan import Plan
 from clusterlib.batches.visits import PhaseSummary, summarize
 from clusterlib.clusters.shards import Shards
-from pipelines.cluster import Cluster
-from pipelines.embed import Embed
-from pipelines.evaluate import Evaluate, mean_score, scores_spec
-from pipelines.ingest import Ingest
+from pipelines import STAGES
+from pipelines.evaluate import mean_score, scores_spec
 from pipelines.recipe import RunConfig
-from pipelines.report import Report
-from pipelines.shard import Shard
 from pipelines.stage import Stage, find_or_make
-from pipelines.train import Train
 from tune.search import Outcome, Trial, search
 from tune.space import combinations
 
-STAGES: tuple[Stage, ...] = (Ingest(), Embed(), Cluster(), Shard(), Train(), Evaluate(), Report())
-_BY_KIND = {stage.kind: stage for stage in STAGES}
+_STAGES: dict[str, Stage] = {
+    name: importlib.import_module(f"pipelines.{name}").STAGE for name in STAGES
+}
+_BY_KIND = {stage.kind: stage for stage in _STAGES.values()}
 
 
 class Arm:
@@ -77,11 +75,11 @@ class Run:
 
     def all_specs(self) -> list[Spec]:
         """All that the run wants, in order."""
-        return [spec for stage in STAGES for spec in self.specs(stage.kind)]
+        return [spec for kind in _BY_KIND for spec in self.specs(kind)]
 
-    def make(self, stage: Stage) -> list[Artifact]:
-        """What a stage makes for the run; the stages before it have finished."""
-        return find_or_make(stage, self.specs(stage.kind), self.root)
+    def make(self, stage: str) -> list[Artifact]:
+        """What a stage makes for the run; those before it have finished."""
+        return find_or_make(_STAGES[stage], self.specs(_STAGES[stage].kind), self.root)
 
     def plan(self) -> dict[str, list[PhaseSummary]]:
         """What the phases of each arm will see; needs its shards."""
@@ -124,7 +122,9 @@ class Run:
         scores = scores_spec(self.config.evaluate, name, model)
         for shards in model.inputs.values():
             self.root.open(shards)  # one message now, rather than one from each trial
-        return Trial(name, functools.partial(_score, model, scores, self.config.tune.metric, self.root))
+        return Trial(
+            name, functools.partial(_score, model, scores, self.config.tune.metric, self.root)
+        )
 
 
 def _score(model: Spec, scores: Spec, metric: str, root: Root) -> float:

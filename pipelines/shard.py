@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +21,13 @@ from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import INDEX, TREE, shards_schema, token_type
 from clusterlib.artifacts.tables import vectors as to_matrix
 from clusterlib.clusters import kmeans, shards
-from pipelines.stage import Task, Workers, make
+from pipelines.stage import Stage
+from pipelines.tasks import Job, Task, Workers, make
 from train.data import TOKENIZER
 from train.model import TokenizerRef
+
+if TYPE_CHECKING:
+    from pipelines.run import Arm
 
 _EMBEDDINGS = kmeans.columns("both")
 _TOKENIZED_TEXTS = 1024  # at once; the tokenizer takes over a hundred bytes for each token
@@ -46,26 +52,43 @@ class ShardConfig(Config):
     )
 
 
-def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
-    """What the shards are made from; the last two are fingerprints."""
-    return Spec("shards", 1, {"shard": config}, {"embeddings": embeddings, "centroids": centroids})
+class Shard(Stage):
+    """A source's rows ready to train on, each block one file sorted by leaf.
 
-
-def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: Root) -> Artifact:
-    """Assign every pair to its leaf, tokenise it, and write each block as one file sorted by leaf.
-
-    The artifact holds the table `shards`, the tables `index` and `tree` that a plan is made from,
-    and the tokenizer.
-
-    Raises:
-        StrataError: the tokenizer cannot be loaded.
+    Besides the table `shards` the artifact holds the tables `index` and `tree` that a plan is made
+    from, and the tokenizer.
     """
-    spec = shards_spec(config, embeddings.fingerprint, centroids.fingerprint)
-    made = root.find(spec)
-    if made is not None:
-        return made
-    tokenizer = config.tokenizer.load()
-    draft = Draft(root, spec)
+
+    kind = "shards"
+
+    def specs(self, arm: Arm) -> dict[str, Spec]:
+        return {
+            source: shards_spec(arm.sources[source].shard, centroids)
+            for source, centroids in arm.specs("centroids").items()
+        }
+
+    def make(self, specs: Sequence[Spec], root: Root) -> None:
+        """Assign every pair to its leaf, tokenise it, and write each block.
+
+        Raises:
+            StrataError: a tokenizer cannot be loaded.
+        """
+        make("shard", [_job(spec, root) for spec in specs], Workers())
+
+
+STAGE = Shard()
+
+
+def shards_spec(config: ShardConfig, centroids: Spec) -> Spec:
+    """What a source's shards are made from."""
+    inputs = {"embeddings": centroids.inputs["embeddings"], "centroids": centroids}
+    return Spec("shards", 1, {"shard": config}, inputs, label=centroids.label)
+
+
+def _job(spec: Spec, root: Root) -> Job:
+    config: ShardConfig = spec.config["shard"]
+    embeddings, centroids = (root.open(spec.inputs[name]) for name in ("embeddings", "centroids"))
+    tokenizer, draft = config.tokenizer.load(), Draft(root, spec)
     # The number of rows is in the id: a block of another size is another block.
     tasks = [
         Task(f"{file:06d}-{config.block_rows}", (file, block), ", ".join(map(str, block)))
@@ -81,20 +104,10 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
             side: sum(receipt.stats["num_truncated"][side] for receipt in receipts)
             for side in ("query", "passage")
         }
-        stats = {
-            "num_rows_by_source": embeddings.stats["num_rows_by_source"],
-            "num_truncated": truncated,
-        }
-        return draft.publish([*receipts, Receipt([tree, *files])], stats)
+        return draft.publish([*receipts, Receipt([tree, *files])], {"num_truncated": truncated})
 
-    return make(
-        draft,
-        "shard",
-        tasks,
-        functools.partial(_Worker, config, embeddings, centroids, draft),
-        Workers(),
-        publish,
-    )
+    worker = functools.partial(_Worker, config, embeddings, centroids, draft)
+    return Job(draft, tasks, worker, publish)
 
 
 class _Worker:
@@ -128,7 +141,8 @@ class _Worker:
         )
         ids = [table[name] for name in ("pair_id", "source")]
         teacher = [table[name] for name in _EMBEDDINGS] if config.teacher_vectors else []
-        leaf = pa.array(self._leaves(table))
+        vectors = kmeans.field_vectors(table, self._field)
+        leaf = pa.array(kmeans.assign(vectors, self._centroids)[0])
         block = pa.Table.from_arrays(
             [*ids, leaf, table["query_id"], table["passage_id"], query, passage, *teacher],
             schema=shards_schema(self._token, self._embeddings.stats["width"] if teacher else None),
@@ -144,15 +158,6 @@ class _Worker:
             stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}},
         )
 
-    def _leaves(self, table: pa.Table) -> np.ndarray:
-        """The nearest leaf of each pair's own source, int32 [rows]."""
-        vectors = kmeans.field_vectors(table, self._field)
-        leaves = np.empty(table.num_rows, np.int32)
-        for source in pc.unique(table["source"]).to_pylist():
-            rows = pc.equal(table["source"], source).to_numpy()
-            leaves[rows] = kmeans.assign(vectors[rows], self._centroids[source])[0]
-        return leaves
-
     def _tokenize(
         self, texts: pa.ChunkedArray, prompt: str, max_tokens: int
     ) -> tuple[pa.ChunkedArray, int]:
@@ -167,11 +172,7 @@ class _Worker:
         return pa.chunked_array(tokens), cut
 
 
-def leaf_centroids(centroids: Artifact) -> dict[str, np.ndarray]:
-    """source -> unit vectors of its leaves in leaf order, float32 [L, D]."""
-    table = centroids.read()
-    table = table.filter(pc.is_null(table["left"]))
-    return {
-        source: to_matrix(table.filter(pc.equal(table["source"], source))["centroid"])
-        for source in pc.unique(table["source"]).to_pylist()
-    }
+def leaf_centroids(centroids: Artifact) -> np.ndarray:
+    """Unit vectors of a source's leaves in leaf order, float32 [L, D]."""
+    nodes = centroids.read()
+    return to_matrix(nodes.filter(pc.is_null(nodes["left"]))["centroid"])

@@ -51,8 +51,8 @@ _RAW = pa.schema(
 class Columns(Config):
     """Names of the columns (or JSON fields) to read."""
 
-    query: str = "query"
-    passage: str = "passage"
+    query: str = Field("query", description="the one that holds the query")
+    passage: str = Field("passage", description="the one that holds the passage")
     topic: str | None = Field(None, description="a label that is carried along, if there is one")
 
 

@@ -13,17 +13,13 @@ if TYPE_CHECKING:
 
 
 class Stage(ABC):
-    """Makes artifacts of one kind. There is an object of each in `pipelines.run.STAGES`.
+    """Makes artifacts of one kind. A file that `pipelines.STAGES` names has an object, STAGE.
 
     Attributes:
-        name: of its command.
         kind: of what it makes.
-        help: what its command does, for `strata --help`.
     """
 
-    name: ClassVar[str]
     kind: ClassVar[str]
-    help: ClassVar[str]
 
     @abstractmethod
     def specs(self, arm: Arm) -> Mapping[str, Spec]:

@@ -16,7 +16,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from clusterlib.errors import StrataError
 from pipelines import PACKAGES
 from pipelines.files import absolute
-from pipelines.run import RunConfig
+from pipelines.recipe import RunConfig
 
 _ROOT = Path(__file__).parents[1]
 

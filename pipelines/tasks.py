@@ -216,9 +216,7 @@ class _Actor:
     Errors are told to the driver as data: Ray would bury them in tracebacks, or try again.
     """
 
-    def __init__(
-        self, stage: str, jobs: Sequence[Job], todo: Sequence[tuple[int, Task]]
-    ) -> None:
+    def __init__(self, stage: str, jobs: Sequence[Job], todo: Sequence[tuple[int, Task]]) -> None:
         self._stage = stage
         self._jobs = jobs
         self._todo = todo

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from clusterlib.artifacts.artifact import Artifact
 from clusterlib.artifacts.tables import vectors
-from clusterlib.clusters.shards import ShardIndex
-from clusterlib.clusters.tree import from_table
+from clusterlib.clusters.shards import ShardIndex, Shards
 from clusterlib.errors import StrataError
 from train.loss import Pairs
 
@@ -107,13 +106,8 @@ class RankBatch:
         )
 
 
-def shard_index(shards: Artifact) -> ShardIndex:
-    """The index and the trees of a `shards` artifact."""
-    return ShardIndex(shards.read("index"), from_table(shards.read("tree")))
-
-
-def load_tokenizer(shards: Artifact) -> Any:
-    """The tokenizer that made the shards, which they carry, as the student shall have it: it pads
+def load_tokenizer(shards: Shards) -> Any:
+    """The tokenizer that made the shards, which each carries, as the student shall have it: it pads
     on the right, as training does, with its end-of-text token where it has none to pad with, as
     decoders' tokenizers have.
 
@@ -124,13 +118,14 @@ def load_tokenizer(shards: Artifact) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(
-            shards.download(TOKENIZER, Path(folder)), trust_remote_code=False
+            shards.artifacts[0].download(TOKENIZER, Path(folder)), trust_remote_code=False
         )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise StrataError(
-                f"{shards.name}: its tokenizer has neither a padding nor an end-of-text token, so "
+                f"{shards.artifacts[0].name}: its tokenizer has neither a padding nor an "
+                "end-of-text token, so "
                 "texts of different "
                 "length cannot be batched; give shard.tokenizer's tokenizer_config.json a "
                 "pad_token that it knows"
@@ -139,40 +134,46 @@ def load_tokenizer(shards: Artifact) -> Any:
     return tokenizer
 
 
-def check_teacher(shards: Artifact, setting: str) -> None:
+def check_teacher(shards: Shards, setting: str) -> None:
     """Refuse a setting that needs the teacher's vectors where there are none.
 
     Raises:
         StrataError: the shards carry none.
     """
-    if any(
-        not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names)
-        for part in shards.parts()[:1]
-    ):
-        raise StrataError(
-            f"{setting}: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true"
-        )
+    for artifact in shards.artifacts:
+        if not artifact.config["shard"]["teacher_vectors"]:
+            raise StrataError(
+                f"{setting}: {artifact.name} carries no teacher vectors; set "
+                "shard.teacher_vectors=true"
+            )
 
 
-def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
+def cache_shards(shards: Shards, cache_dir: Path, teacher: bool) -> list[Path]:
     """Copy ids and tokens of all shards to Arrow IPC files on this node, once; later calls find
-    them.
+    them, those of other runs too.
 
-    Call it from one process a node. The folder appears whole or not at all.
+    Call it from one process a node. A folder appears whole or not at all.
 
     Args:
         teacher: copy the teacher's vectors too; see `check_teacher`.
+
+    Returns:
+        A folder for each artifact.
     """
+    return [_cache(artifact, cache_dir.expanduser(), teacher) for artifact in shards.artifacts]
+
+
+def _cache(artifact: Artifact, cache_dir: Path, teacher: bool) -> Path:
     columns = [*_IDS, *_TOKENS, *(_TEACHER if teacher else [])]
     suffix = "-teacher" if teacher else ""
-    final = cache_dir.expanduser() / f"{shards.fingerprint}-{shards.manifest['digest']}{suffix}"
+    final = cache_dir / f"{artifact.fingerprint}-{artifact.manifest['digest']}{suffix}"
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
     try:
-        for number, part in enumerate(shards.parts()):
-            table = shards.open_parquet(part).read(columns=columns).combine_chunks()
+        for number, part in enumerate(artifact.parts()):
+            table = artifact.open_parquet(part).read(columns=columns).combine_chunks()
             with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
         building.rename(final)
@@ -223,7 +224,7 @@ def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
 
 
 class TokenStore:
-    """Reads planned rows from the folder that `cache_shards` made.
+    """Reads planned rows from the folders that `cache_shards` made.
 
     Args:
         teacher: batches carry the teacher's vectors.
@@ -232,7 +233,7 @@ class TokenStore:
 
     def __init__(
         self,
-        folder: Path,
+        folders: Sequence[Path],
         index: ShardIndex,
         pad_token_id: int,
         teacher: bool = False,
@@ -243,10 +244,11 @@ class TokenStore:
         self._max_tokens = max_tokens
         self._columns = [*_IDS, *(_TEACHER if teacher else [])]
         self._files: dict[int, _File] = {}
-        for path in sorted(folder.glob("*.arrow")):
+        paths = [path for folder in folders for path in sorted(folder.glob("*.arrow"))]
+        for number, path in enumerate(paths):
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if reader.num_record_batches:
-                self._files[int(path.stem)] = _File(reader.get_batch(0))
+                self._files[number] = _File(reader.get_batch(0))
 
     def read(self, rows: np.ndarray, rank: int, num_ranks: int, micro_batch_size: int) -> RankBatch:
         """The share of a global batch that `rank` works on: as many pairs as any other's, with

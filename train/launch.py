@@ -28,9 +28,10 @@ from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import STEPS, TESTS
 from clusterlib.batches.plan import BatchingConfig, Plan
 from clusterlib.batches.visits import summarize
+from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
 from train import checkpoint
-from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer, shard_index
+from train.data import TokenStore, cache_shards, check_teacher, load_tokenizer
 from train.engine import Engine
 from train.export import export
 from train.loop import Progress, TrainConfig, fit
@@ -62,57 +63,66 @@ class Tests(Protocol):
 
 
 def model_spec(
-    config: TrainConfig, batching: BatchingConfig, shards: str, tests: Tests | None = None
-) -> Spec:
-    """What a trained model is made from; `shards` is a fingerprint."""
-    settings, inputs = {"train": config, "batching": batching}, {"shards": shards}
-    if config.test_every_steps and tests:
-        return Spec("model", 3, {**settings, **tests.content()}, inputs, tests.origin())
-    return Spec("model", 3, settings, inputs)
-
-
-def train(
     config: TrainConfig,
     batching: BatchingConfig,
-    shards: Artifact,
-    root: Root,
+    shards: Mapping[str, Spec],
+    prompts: Mapping[str, str],
     name: str,
     tests: Tests | None = None,
-) -> Artifact:
+) -> Spec:
+    """What a trained model is made from.
+
+    Args:
+        shards: of each source.
+        prompts: of the exported model, by sentence-transformers' names.
+        name: what people call the run.
+        tests: what `config.test_every_steps` asks for.
+    """
+    settings: dict[str, Any] = {"train": config, "batching": batching, "prompts": prompts}
+    inputs = {f"shards.{source}": shards[source] for source in sorted(shards)}
+    if config.test_every_steps and tests:
+        settings |= tests.content()
+        return Spec("model", 4, settings, inputs, tests.origin(), label=name)
+    return Spec("model", 4, settings, inputs, label=name)
+
+
+def open_shards(spec: Spec, root: Root) -> Shards:
+    """What the model of `spec` learns from."""
+    return Shards([root.open(shards) for shards in spec.inputs.values()])
+
+
+def train(spec: Spec, root: Root, tests: Tests | None = None) -> Artifact:
     """Train a student on the shards' planned batches, continuing a run that was cut short.
 
     Args:
-        name: what progress lines call the run.
-        tests: what `config.test_every_steps` asks for.
+        tests: what `test_every_steps` asks for.
 
     Returns:
         The `model` artifact: `export/`, a sentence-transformers folder, and the tables `steps` and,
-            where there
-        are tests in the loop, `tests`.
+        where there are tests in the loop, `tests`.
 
     Raises:
         StrataError: the settings do not fit the shards or each other; a rank failed in a way that
-            would come again; more workers or nodes were lost than `config.max_failures`.
+            would come again; more workers or nodes were lost than `max_failures`.
     """
-    spec = model_spec(config, batching, shards.fingerprint, tests)
-    made = root.find(spec)
-    if made is not None:
-        return made
+    config: TrainConfig = spec.config["train"]
+    batching: BatchingConfig = spec.config["batching"]
+    shards = open_shards(spec, root)
     check_trackers(config.trackers)
-    Plan(shard_index(shards), batching)  # refuses what does not fit the shards
+    Plan(shards.index, batching)  # refuses what does not fit the shards
     if batching.global_batch_size % config.num_workers:
         raise StrataError(
             f"batching.global_batch_size={batching.global_batch_size} does not divide by "
             f"train.num_workers={config.num_workers}; every rank takes an equal share"
         )
-    architecture = student_architecture(config.student, load_tokenizer(shards), _max_tokens(shards))
+    architecture = student_architecture(config.student, load_tokenizer(shards), shards.max_tokens)
     config.loss.check_width(architecture.hidden_size)
     for setting in teacher_settings(config, batching):
         check_teacher(shards, setting)
     draft = Draft(root, spec)
     receipt = draft.receipt(EXPORT)
     if receipt is None:
-        _fit(config, batching, shards, draft, name, tests)
+        _fit(config, batching, shards, draft, spec.label, tests)
         receipt = draft.receipt(EXPORT)
     if receipt is None:
         raise RuntimeError(f"{draft.path}: training ended without an exported model")
@@ -122,7 +132,7 @@ def train(
 def _fit(
     config: TrainConfig,
     batching: BatchingConfig,
-    shards: Artifact,
+    shards: Shards,
     draft: Draft,
     name: str,
     tests: Tests | None,
@@ -280,7 +290,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
     """A rank's work, from reading the shards to the last step."""
     config: TrainConfig = settings["config"]
     batching: BatchingConfig = settings["batching"]
-    shards: Artifact = settings["shards"]
+    shards: Shards = settings["shards"]
     draft: Draft = settings["draft"]
     tests: Tests = settings["tests"]
     context = ray.train.get_context()
@@ -293,20 +303,20 @@ def _learn(settings: Mapping[str, Any]) -> None:
         cache_shards(shards, cache_dir, teacher)
     dist.barrier()
     tokenizer = load_tokenizer(shards)
-    index = shard_index(shards)
+    index = shards.index
     plan = Plan(index, batching)
     store = TokenStore(
         cache_shards(shards, cache_dir, teacher),
         index,
         tokenizer.pad_token_id,
         teacher=config.loss.teacher_margin is not None,
-        max_tokens=_max_tokens(shards),
+        max_tokens=shards.max_tokens,
     )
     engine = Engine(
         build_student(
             config.student,
             tokenizer,
-            _max_tokens(shards),
+            shards.max_tokens,
             config.seed,
             config.gradient_checkpointing,
             config.compile,
@@ -381,7 +391,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
 
 
 def _finish(
-    draft: Draft, shards: Artifact, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
+    draft: Draft, shards: Shards, engine: Engine, tokenizer: Any, plan: Plan, progress: Progress
 ) -> None:
     """Write the exported model and the records of all steps and tests, then the receipt that says
     so.
@@ -424,7 +434,7 @@ def teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]
 
 def _export(
     draft: Draft,
-    shards: Artifact,
+    shards: Shards,
     engine: Engine,
     tokenizer: Any,
     plan: Plan,
@@ -432,24 +442,17 @@ def _export(
     folder: Path,
 ) -> None:
     """Write the student as it is after `step`."""
-    tokens = shards.config["shard"]
-    prompts = {"query": tokens["query_prompt"], "document": tokens["passage_prompt"]}
     export(
         engine.model,
         tokenizer,
         folder,
-        prompts,
-        _max_tokens(shards),
+        dict(draft.spec.config["prompts"]),
+        shards.max_tokens,
         _card(draft, shards, plan, step),
     )
 
 
-def _max_tokens(shards: Artifact) -> int:
-    tokens = shards.config["shard"]
-    return int(max(tokens["query_max_tokens"], tokens["passage_max_tokens"]))
-
-
-def _card(draft: Draft, shards: Artifact, plan: Plan, step: int) -> str:
+def _card(draft: Draft, shards: Shards, plan: Plan, step: int) -> str:
     """The README.md of the model after `step`."""
     front = {
         "library_name": "sentence-transformers",
@@ -461,7 +464,7 @@ def _card(draft: Draft, shards: Artifact, plan: Plan, step: int) -> str:
     return (
         f"---\n{yaml.safe_dump(front)}---\n\n# Strata student {draft.spec.fingerprint}\n\n"
         f"Trained by Strata on {plan.num_rows} pairs of "
-        f"{', '.join(shards.stats['num_rows_by_source'])} ({shards.name}), with in-batch negatives "
+        f"{', '.join(shards.index.sources)}, with in-batch negatives "
         f"chosen by the strategy {strategies} (arXiv 2407.18887). These are its weights after step "
         f"{step:,}.\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         f'model = SentenceTransformer("path/to/this/folder")\n'

@@ -35,7 +35,8 @@ class Spec:
         version: raised whenever the code makes something else from the same settings.
         config: settings by name, plain data or models. The fingerprint covers `Config.content` of
             these; the manifest shows them whole.
-        inputs: the artifacts it reads, by their kind, or by `kind.label` where it reads several of a kind.
+        inputs: the artifacts it reads, by their kind, or by `kind.label` where it reads several of
+            a kind.
         origin: what identifies data from outside the root (names and digests of files, versions).
         label: whose it is, for people: a source, an arm, a model. No part of the fingerprint.
     """
@@ -147,7 +148,8 @@ class Root:
         found = self.find(spec)
         if found is None:
             raise StrataError(
-                f"{self.path}/{spec.name}: the {spec.kind} of {spec.label} are not finished; run the "
+                f"{self.path}/{spec.name}: the {spec.kind} of {spec.label} are not finished; run "
+                "the "
                 "stage that makes them first, with the same recipe and settings"
             )
         return found
@@ -255,6 +257,13 @@ class Artifact:
         return pa.concat_tables(
             [self.open_parquet(part).read(columns=columns) for part in self.parts(table)]
         )
+
+    def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The artifact's own table, a row group at a time."""
+        for part in self.parts():
+            file = self.open_parquet(part)
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns=columns)
 
     def slices(self, num_rows: int) -> list[Slice]:
         """The artifact's own table cut into slices of at most `num_rows` rows, none across two

@@ -231,16 +231,16 @@ def _explain(cls: type[Config], fault: Any) -> str:
 def _names(cls: type[Config], prefix: str = "") -> Iterator[str]:
     for name, field in cls.model_fields.items():
         yield prefix + name
-        for inner, many in _configs(field.annotation):
+        for inner, many in models_in(field.annotation):
             yield from _names(inner, f"{prefix}{name}.{'*.' if many else ''}")
 
 
-def _configs(annotation: Any) -> Iterator[tuple[type[Config], bool]]:
+def models_in(annotation: Any) -> Iterator[tuple[type[Config], bool]]:
     """The settings models inside a field's annotation, and whether the field holds many of them."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation, False
         return
     many = get_origin(annotation) in (list, tuple, dict, Sequence, Mapping)
     for argument in get_args(annotation):
-        for config, nested in _configs(argument):
+        for config, nested in models_in(argument):
             yield config, many or nested

@@ -10,15 +10,17 @@ tree is one range of such numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.artifact import Artifact, Part
 from clusterlib.artifacts.tables import INDEX
-from clusterlib.clusters.tree import Tree
+from clusterlib.clusters.tree import Tree, from_table
 
 _ROW_GROUP_ROWS = 4096  # small neighbouring clusters share a row group up to this size
 
@@ -125,17 +127,55 @@ class ShardIndex:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
+@dataclass(frozen=True)
+class Shards:
+    """What a run learns from: the `shards` artifacts of its sources, as one.
+
+    Its index is their concatenation: files are numbered through, source after source.
+    """
+
+    artifacts: Sequence[Artifact]
+
+    @functools.cached_property
+    def files(self) -> list[tuple[Artifact, Part]]:
+        """By number, the artifact and the part that hold a file's rows."""
+        return [(artifact, part) for artifact in self.artifacts for part in artifact.parts()]
+
+    @functools.cached_property
+    def index(self) -> ShardIndex:
+        trees: dict[str, Tree] = {}
+        tables, first_file = [], 0
+        for artifact in self.artifacts:
+            table = artifact.read("index")
+            file = pc.add(table["file"], pa.scalar(first_file, pa.int32()))
+            place = table.schema.get_field_index("file")
+            tables.append(table.set_column(place, INDEX.field("file"), file))
+            trees |= from_table(artifact.read("tree"))
+            first_file += len(artifact.parts())
+        return ShardIndex(pa.concat_tables(tables), trees)
+
+    @property
+    def max_tokens(self) -> int:
+        """That a query or a passage of any source may have."""
+        settings = [artifact.config["shard"] for artifact in self.artifacts]
+        return max(
+            int(tokens[f"{side}_max_tokens"])
+            for tokens in settings
+            for side in ("query", "passage")
+        )
+
+
 def read_range(
-    shards: Artifact, index: ShardIndex, start: int, stop: int, columns: Sequence[str] | None = None
+    shards: Shards, start: int, stop: int, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Rows [start, stop) in leaf order, such as those of one cluster; only their row groups are
     read.
     """
-    parts = shards.parts()
-    runs = index.runs(start, stop)
+    runs = shards.index.runs(start, stop)
     pieces: list[pa.Table | None] = [None] * len(runs)
     for file in sorted({run[0] for run in runs}):
-        opened = shards.open_parquet(parts[file])
+        artifact, part = shards.files[file]
+        opened = artifact.open_parquet(part)
         wanted = sorted({row_group for number, row_group, _, _ in runs if number == file})
         table = opened.read_row_groups(wanted, columns=columns)
         sizes = np.array(
