@@ -1,6 +1,7 @@
 """The stages: each reads artifacts of one kind and writes one, and `run` chains them."""
 
-# In the order of a run: a stage's name, which is its command's and its file's here, and what it does.
+# In the order of a run: a stage's name, which is its command's and its file's here, and what it
+# does.
 STAGES = {
     "ingest": "Read source files into pairs.",
     "embed": "Embed the pairs with the teacher.",

@@ -40,8 +40,8 @@ class RunConfig(Config):
     shard: ShardConfig
     sources: dict[str, dict[str, Any]] = Field(
         {},
-        description="source -> dotted settings of embed, cluster and shard that differ for it, such "
-        "as embed.query_prompt, cluster.num_leaves or shard.passage_max_tokens",
+        description="source -> dotted settings of embed, cluster and shard that differ for it, "
+        "such as embed.query_prompt, cluster.num_leaves or shard.passage_max_tokens",
     )
     batching: BatchingConfig
     train: TrainConfig
@@ -49,8 +49,8 @@ class RunConfig(Config):
     tune: TuneConfig = TuneConfig()
     arms: dict[str, dict[str, Any]] = Field(
         {},
-        description="runs to compare: name -> dotted settings that differ; artifacts they share are "
-        "made once",
+        description="runs to compare: name -> dotted settings that differ; artifacts they share "
+        "are made once",
     )
 
     @field_validator("sources")
@@ -70,17 +70,16 @@ class RunConfig(Config):
     def _has_sources(self) -> Self:
         known = {item.source for item in self.ingest.inputs}
         for source in sorted(set(self.sources) - known):
-            raise ValueError(
-                f"sources.{source}: no input is of that source; there are {', '.join(sorted(known))}"
-            )
+            there = ", ".join(sorted(known))
+            raise ValueError(f"sources.{source}: no input is of that source; there are {there}")
         return self
 
     @model_validator(mode="after")
     def _has_tests(self) -> Self:
         if self.train.test_every_steps and not (self.evaluate.tests or self.evaluate.tasks):
             raise ValueError(
-                f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; name "
-                "some in evaluate.tests or evaluate.tasks"
+                f"train.test_every_steps={self.train.test_every_steps} has nothing to test on; "
+                "name some in evaluate.tests or evaluate.tasks"
             )
         return self
 
@@ -107,7 +106,7 @@ class RunConfig(Config):
         return self.with_overrides(changes, f"sources.{source}") if changes else self
 
     def arm_configs(self) -> dict[str, RunConfig]:
-        """The configuration of each arm; the recipe itself, under its own name, when it has none."""
+        """The configuration of each arm; the recipe itself, by its own name, when it has none."""
         if not self.arms:
             return {self.name: self}
         return {

@@ -4,7 +4,6 @@ import json
 import tempfile
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,24 +12,28 @@ import yaml
 from clusterlib.artifacts.artifact import Root, Spec
 from clusterlib.artifacts.draft import Draft
 from clusterlib.artifacts.tables import PAIRS, REJECTS
-from pipelines.cluster import ClusterConfig, cluster
-from pipelines.embed import EmbedConfig, embed
-from pipelines.ingest import IngestConfig, _Worker, ingest
-from pipelines.shard import ShardConfig, shard
+from pipelines import cluster, embed, ingest, shard
+from pipelines.cluster import ClusterConfig, centroids_spec
+from pipelines.embed import EmbedConfig, embeddings_spec
+from pipelines.ingest import IngestConfig, pairs_spec
+from pipelines.shard import ShardConfig, shards_spec
 from pipelines.sources import InputConfig, splits
+from pipelines.stage import find_or_make
 from train.model import ModelRef, TokenizerRef
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_folder):
-    """Pairs of two sources, embedded, clustered and sharded in several blocks."""
+    """Two sources, embedded, clustered and sharded in several blocks: of each kind, and of the
+    specs of each kind, a dict by source.
+    """
     root = Root(str(tmp_path_factory.mktemp("chain")))
-    inputs = [
-        InputConfig(source="big", format="jsonl", path=str(pairs_file)),
-        InputConfig(source="half", format="jsonl", path=str(pairs_file), fraction=0.5),
-    ]
+    inputs = {
+        "big": InputConfig(source="big", format="jsonl", path=str(pairs_file)),
+        "half": InputConfig(source="half", format="jsonl", path=str(pairs_file), fraction=0.5),
+    }
     configs = SimpleNamespace(
-        ingest=IngestConfig(inputs=inputs),
+        ingest=IngestConfig(inputs=list(inputs.values())),
         embed=EmbedConfig(
             teacher=ModelRef(name=str(teacher_folder)), task_rows=50, batch_tokens=200
         ),
@@ -44,18 +47,17 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
             block_rows=70,
         ),
     )
-    pairs = ingest(configs.ingest, [], root)
-    embeddings = embed(configs.embed, pairs, root)
-    centroids = cluster(configs.cluster, embeddings, root)
-    shards = shard(configs.shard, embeddings, centroids, root)
-    return SimpleNamespace(
-        root=root,
-        configs=configs,
-        pairs=pairs,
-        embeddings=embeddings,
-        centroids=centroids,
-        shards=shards,
-    )
+    pairs = {name: pairs_spec(configs.ingest, [item]) for name, item in inputs.items()}
+    embeddings = {name: embeddings_spec(configs.embed, spec) for name, spec in pairs.items()}
+    centroids = {name: centroids_spec(configs.cluster, spec) for name, spec in embeddings.items()}
+    shards = {name: shards_spec(configs.shard, spec) for name, spec in centroids.items()}
+    specs = {"pairs": pairs, "embeddings": embeddings, "centroids": centroids, "shards": shards}
+    stages = (ingest.STAGE, embed.STAGE, cluster.STAGE, shard.STAGE)
+    made = {
+        kind: dict(zip(wanted, find_or_make(stage, wanted.values(), root), strict=True))
+        for stage, (kind, wanted) in zip(stages, specs.items(), strict=True)
+    }
+    return SimpleNamespace(root=root, configs=configs, specs=SimpleNamespace(**specs), **made)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,7 @@ def read_here():
         source = InputConfig(**{"source": "s", **settings}).located(str(folder))
         with tempfile.TemporaryDirectory() as root:
             draft = Draft(Root(root), Spec("pairs", 1, {}))
-            worker = _Worker(draft, max_chars, np.empty(0, np.uint64))
+            worker = ingest._Worker(draft, max_chars)
             receipts = [worker((split.id, split)) for split in splits(source)]
             made = draft.publish(receipts)  # which checks that no row is lost
             table = made.read("rejects") if made.parts("rejects") else REJECTS.empty_table()

@@ -10,35 +10,43 @@ from clusterlib.artifacts.tables import vectors
 from clusterlib.clusters import kmeans
 from clusterlib.clusters.tree import from_table
 from clusterlib.errors import StrataError
-from pipelines.cluster import ClusterConfig, cluster, of_source, sample
+from pipelines.cluster import ClusterConfig, centroids_spec, sample
+from pipelines.stage import find_or_make
 
 
 def source_vectors(chain, source):
-    table = chain.embeddings.read()
-    rows = np.array([name == source for name in table["source"].to_pylist()])
-    matrix = vectors(table["passage_embedding"])[rows].astype(np.float32)
+    table = chain.embeddings[source].read()
+    matrix = vectors(table["passage_embedding"]).astype(np.float32)
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
 
+def fit(chain, source, **changes):
+    """The centroids of a source with other settings."""
+    config = chain.configs.cluster.replace(**changes)
+    spec = centroids_spec(config, chain.specs.embeddings[source])
+    return find_or_make(stages.STAGE, [spec], chain.root)[0]
+
+
 def test_every_source_has_a_tree_with_unit_centroids(chain):
-    table = chain.centroids.read()
-    trees = from_table(table)
-    assert {source: tree.num_leaves for source, tree in trees.items()} == {"big": 6, "half": 3}
-    np.testing.assert_allclose(np.linalg.norm(vectors(table["centroid"]), axis=1), 1, atol=1e-5)
+    found = {}
+    for source, centroids in chain.centroids.items():
+        table = centroids.read()
+        ((name, tree),) = from_table(table).items()
+        assert name == centroids.label == source
+        found[source] = tree.num_leaves
+        np.testing.assert_allclose(np.linalg.norm(vectors(table["centroid"]), axis=1), 1, atol=1e-5)
+    assert found == {"big": 6, "half": 3}
 
 
 def test_a_small_source_gets_fewer_leaves_and_the_manifest_says_so(chain):
-    fits = chain.centroids.stats["fits"]
-    assert (fits["big"]["num_leaves"], fits["big"]["num_leaves_asked"]) == (6, 6)
-    assert (fits["half"]["num_leaves"], fits["half"]["num_leaves_asked"]) == (
-        fits["half"]["num_pairs"] // 20,
-        6,
-    )
+    big, half = (chain.centroids[source].stats for source in ("big", "half"))
+    assert (big["num_leaves"], big["num_leaves_asked"]) == (6, 6)
+    assert (half["num_leaves"], half["num_leaves_asked"]) == (half["num_pairs"] // 20, 6)
 
 
 def test_node_centroids_are_the_mean_directions_of_their_pairs(chain):
     found = source_vectors(chain, "big")
-    nodes = [row for row in chain.centroids.read().to_pylist() if row["source"] == "big"]
+    nodes = chain.centroids["big"].read().to_pylist()
     leaves = np.array([row["centroid"] for row in nodes if row["left"] is None], np.float32)
     nearest, _ = kmeans.assign(found, leaves)
     for row in nodes:
@@ -53,45 +61,28 @@ def test_node_centroids_are_the_mean_directions_of_their_pairs(chain):
 def test_leaves_are_one_k_means_fit_of_all_pairs(chain):
     found = source_vectors(chain, "big")
     reference = kmeans.fit(found, 6, 5, seed=0)
-    nodes = [
-        row
-        for row in chain.centroids.read().to_pylist()
-        if row["source"] == "big" and row["left"] is None
-    ]
+    nodes = [row for row in chain.centroids["big"].read().to_pylist() if row["left"] is None]
     leaves = np.array([row["centroid"] for row in nodes], np.float32)
     similarity = kmeans.assign(found, leaves)[1]
     assert similarity.mean() == pytest.approx(
-        chain.centroids.stats["fits"]["big"]["mean_similarity"], rel=1e-4
+        chain.centroids["big"].stats["mean_similarity"], rel=1e-4
     )
     assert similarity.sum() >= 0.99 * kmeans.assign(found, reference.centroids)[1].sum()
 
 
 def test_a_sample_has_about_the_size_asked_and_repeats(chain):
     config = chain.configs.cluster
-    first = sample(chain.embeddings, "big", 160, 80, config)
+    first = sample(chain.embeddings["big"], 80, config)
     assert 50 < len(first) < 110
-    np.testing.assert_array_equal(first, sample(chain.embeddings, "big", 160, 80, config))
-    assert len(sample(chain.embeddings, "big", 160, 160, config)) == 160
-    other = sample(chain.embeddings, "big", 160, 80, config.replace(seed=1))
+    np.testing.assert_array_equal(first, sample(chain.embeddings["big"], 80, config))
+    assert len(sample(chain.embeddings["big"], 160, config)) == 160
+    other = sample(chain.embeddings["big"], 80, config.replace(seed=1))
     assert len(other) != len(first) or not np.array_equal(first, other)
 
 
-def test_rows_of_a_source_are_all_its_rows(chain):
-    assert sum(table.num_rows for table in of_source(chain.embeddings, "big", ["query"])) == 160
-
-
 def test_both_sides_cluster_in_twice_the_width(chain):
-    made = cluster(chain.configs.cluster.replace(field="both"), chain.embeddings, chain.root)
+    made = fit(chain, "big", field="both")
     assert vectors(made.read()["centroid"]).shape[1] == 64
-
-
-def test_more_leaves_than_any_source_can_fill_are_refused(chain):
-    with pytest.raises(
-        StrataError,
-        match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and "
-        r"fits 8",
-    ):
-        cluster(chain.configs.cluster.replace(num_leaves=9), chain.embeddings, chain.root)
 
 
 def test_a_fit_beyond_any_nodes_memory_is_refused_with_the_number_that_fits(chain, monkeypatch):
@@ -100,10 +91,8 @@ def test_a_fit_beyond_any_nodes_memory_is_refused_with_the_number_that_fits(chai
     with pytest.raises(
         StrataError, match=r"points_per_centroid=500: the fit of big takes .* set at most 10"
     ):
-        cluster(
-            chain.configs.cluster.replace(points_per_centroid=500), chain.embeddings, chain.root
-        )
-    cluster(chain.configs.cluster.replace(points_per_centroid=10), chain.embeddings, chain.root)
+        fit(chain, "big", points_per_centroid=500)
+    fit(chain, "big", points_per_centroid=10)
 
 
 def test_fits_of_other_seeds_are_compared_and_the_tightest_is_kept(chain):
@@ -111,7 +100,7 @@ def test_fits_of_other_seeds_are_compared_and_the_tightest_is_kept(chain):
     config = chain.configs.cluster.replace(num_fits=3, num_leaves=4)
     fits = [kmeans.fit(found, 4, config.num_iterations, seed) for seed in range(3)]
     assigned = [kmeans.assign(found, fit.centroids) for fit in fits]
-    stats = cluster(config, chain.embeddings, chain.root).stats["fits"]["big"]
+    stats = fit(chain, "big", num_fits=3, num_leaves=4).stats
     assert stats["mean_similarity"] == pytest.approx(
         max(similarity.mean() for _, similarity in assigned), rel=1e-3
     )
@@ -136,12 +125,10 @@ def adjusted_rand(first, second):
 def test_the_device_of_a_fit_follows_the_resources_asked_for(chain, monkeypatch, gpus):
     """FAISS would take any GPU it sees, and Ray shows them all."""
     asked = []
-    fit = kmeans.fit
-    monkeypatch.setattr(kmeans, "fit", lambda *settings, gpu: asked.append(gpu) or fit(*settings))
-    worker = stages._Worker(
-        chain.configs.cluster.replace(gpus_per_worker=gpus), chain.embeddings, _Paper()
-    )
-    worker(("big", 160))
+    whole = kmeans.fit
+    monkeypatch.setattr(kmeans, "fit", lambda *settings, gpu: asked.append(gpu) or whole(*settings))
+    config = chain.configs.cluster.replace(gpus_per_worker=gpus)
+    stages._fit(stages._Fit(config, chain.embeddings["big"]), _Paper())
     assert asked == [bool(gpus)] * 2
 
 
@@ -153,7 +140,7 @@ def test_the_largest_seed_fits_and_a_larger_one_is_refused(chain):
     ):
         validate(ClusterConfig, {**settings, "seed": seed + 1}, "recipe")
     config = validate(ClusterConfig, {**settings, "seed": seed}, "recipe")
-    receipt = stages._Worker(config, chain.embeddings, _Paper())(("big", 160))
+    receipt = stages._fit(stages._Fit(config, chain.embeddings["big"]), _Paper())
     assert receipt.stats["num_leaves"] == 6
 
 

@@ -4,19 +4,23 @@ import pytest
 import sentence_transformers
 import torch
 
+from clusterlib.artifacts.artifact import Spec
 from clusterlib.artifacts.config import fingerprint
 from clusterlib.artifacts.tables import vectors
 from clusterlib.errors import StrataError
 from pipelines.embed import (
+    STAGE,
     EmbedConfig,
     Teacher,
     _batches,
     _Worker,
     check_vectors,
-    embed,
     embeddings_spec,
 )
+from pipelines.stage import find_or_make
 from train.model import ModelRef
+
+PAIRS = Spec("pairs", 1, {})
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def reference(teacher_folder):
 
 
 def test_vectors_are_sentence_transformers_own(chain, reference):
-    table = chain.embeddings.read()
+    table = chain.embeddings["big"].read()
     for side, encode in (("query", reference.encode_query), ("passage", reference.encode_document)):
         found = vectors(table[f"{side}_embedding"])
         assert found.dtype == np.float16
@@ -36,8 +40,10 @@ def test_vectors_are_sentence_transformers_own(chain, reference):
 
 
 def test_every_pair_is_embedded_once_in_its_order(chain):
-    assert chain.embeddings.read(columns=chain.pairs.read().column_names).equals(chain.pairs.read())
-    assert len(chain.embeddings.parts()) > 2  # several tasks
+    for source, pairs in chain.pairs.items():
+        table = pairs.read()
+        assert chain.embeddings[source].read(columns=table.column_names).equals(table)
+    assert len(chain.embeddings["big"].parts()) > 2  # several tasks
 
 
 def test_prompts_and_length_are_the_models_unless_given(teacher_folder, encoder_folder, reference):
@@ -90,7 +96,7 @@ def test_precision_is_part_of_what_the_vectors_are(teacher_folder):
     full, half = EmbedConfig(teacher=teacher), EmbedConfig(teacher=teacher, precision="bf16")
     assert (
         full.precision == "fp32"
-        and embeddings_spec(full, "0").name != embeddings_spec(half, "0").name
+        and embeddings_spec(full, PAIRS).name != embeddings_spec(half, PAIRS).name
     )
     for config, dtype in ((full, torch.float32), (half, torch.bfloat16)):
         assert {weight.dtype for weight in Teacher(config).model.parameters()} == {dtype}
@@ -127,11 +133,10 @@ def test_a_gpu_that_was_asked_for_is_taken(teacher_folder, monkeypatch):
 
 def test_a_worker_that_was_promised_a_gpu_and_finds_none_says_so(chain, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    worker = _Worker(chain.configs.embed.replace(gpus_per_worker=1), chain.pairs, None)
     with pytest.raises(
         StrataError, match=r"embed.gpus_per_worker=1: .* has no GPU that torch can use .*; install"
     ):
-        worker(chain.pairs.slices(10)[0])
+        _Worker(chain.configs.embed.replace(gpus_per_worker=1), chain.pairs["big"], None)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
@@ -147,5 +152,6 @@ def test_a_bad_vector_is_an_error_that_names_its_row(value):
 
 def test_a_teacher_without_weights_is_refused_before_any_work(chain, tokenizer_folder):
     config = EmbedConfig(teacher=ModelRef(name=str(tokenizer_folder)))
+    spec = embeddings_spec(config, chain.specs.pairs["big"])
     with pytest.raises(StrataError, match="not a complete model folder"):
-        embed(config, chain.pairs, chain.root)
+        find_or_make(STAGE, [spec], chain.root)
