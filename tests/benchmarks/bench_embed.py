@@ -25,8 +25,8 @@ from sentence_transformers import SentenceTransformer
 from clusterlib.artifacts.artifact import Artifact, Root
 from pipelines.embed import EmbedConfig, embed
 from pipelines.ingest import IngestConfig, ingest
+from pipelines.session import ray_session
 from pipelines.sources import InputConfig
-from pipelines.stage import ray_session
 from train.model import ModelRef
 
 SOURCES = ("oewn", "medquad")  # median words of a passage: 25 and 132

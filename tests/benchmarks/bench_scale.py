@@ -25,8 +25,8 @@ from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.batches.permutation import mix
 from pipelines.cluster import ClusterConfig, cluster
+from pipelines.session import ray_session
 from pipelines.shard import ShardConfig, shard
-from pipelines.stage import ray_session
 from train.model import TokenizerRef
 
 SOURCES = {"forum": 0.1, "news": 0.2, "papers": 0.3, "web": 0.4}  # share of the rows

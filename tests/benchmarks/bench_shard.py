@@ -94,7 +94,7 @@ def write_blocks(folder: Path, num_rows: int, k: int) -> None:
 
 
 def run_side(side: str, folder: Path, out: Path) -> dict[str, float]:
-    from pipelines.stage import ray_session
+    from pipelines.session import ray_session
 
     with ray_session(None):
         warm_up()

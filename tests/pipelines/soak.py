@@ -41,16 +41,17 @@ def prepare(words: list[str], root: str) -> None:
     import ray
 
     from clusterlib.artifacts.config import parse_overrides
-    from pipelines.run import Run, load_recipe
-    from pipelines.stage import ray_session
+    from pipelines.recipe import load_recipe
+    from pipelines.run import Run
+    from pipelines.session import ray_session
 
     run = Run(load_recipe(words[0], parse_overrides(words[1:])), Root(root))
     # Without the dashboard's ten processes, which the data stages do not need, a driver is sooner
     # at work.
     ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR")
     with ray_session(None):
-        for stage in (run.ingest, run.embed, run.cluster, run.shard):
-            stage()
+        for stage in ("ingest", "embed", "cluster", "shard"):
+            run.make(stage)
 
 
 @contextlib.contextmanager

@@ -171,10 +171,11 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
 
 def test_plan_shows_what_each_arm_will_see(recipe, shards, tmp_path, monkeypatch):
     refused(
-        strata("plan", recipe, "--root", tmp_path), "no finished artifact there; run `strata shard`"
+        strata("plan", recipe, "--root", tmp_path),
+        "the shards of jsonl are not finished; run the stage",
     )
     made, rows = shards
-    monkeypatch.setattr("pipelines.run.Run._open", lambda *_: made)
+    monkeypatch.setattr(Root, "open", lambda *_: made)
     phases = "[{fraction: 0.5, strategy: random}, {fraction: 0.5, strategy: source}]"
     arm = f"arms={{half: {{batching.phases: {phases}}}}}"
     result = strata("plan", recipe, arm, "train.steps=21")
@@ -220,7 +221,7 @@ def test_the_papers_recipe_resolves_without_network_or_data(tmp_path):
 
 
 def test_unexpected_errors_are_not_dressed_up(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.run.load_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipelines.recipe.load_recipe", lambda *_: 1 / 0)
     result = strata("run", recipe, "--root", tmp_path)
     assert isinstance(result.exception, ZeroDivisionError)
 

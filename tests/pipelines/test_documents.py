@@ -17,7 +17,7 @@ from clusterlib.artifacts.config import Config, override, parse_overrides, valid
 from clusterlib.errors import StrataError
 from pipelines import PACKAGES
 from pipelines.cli import main
-from pipelines.run import RunConfig, load_recipe
+from pipelines.recipe import RunConfig, load_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "cluster_configs").rglob("*.md"))]

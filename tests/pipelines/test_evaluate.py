@@ -7,8 +7,16 @@ import pytest
 
 from clusterlib.artifacts.artifact import Root
 from clusterlib.errors import StrataError
-from pipelines.evaluate import BASELINES, EvaluateConfig, _load, _local_task, evaluate, scores_spec
+from pipelines.evaluate import (
+    BASELINES,
+    STAGE,
+    EvaluateConfig,
+    _load,
+    _local_task,
+    scores_spec,
+)
 from pipelines.retrieval_tests import RetrievalTestConfig, read_test
+from pipelines.stage import find_or_make
 from train.model import ModelRef
 
 
@@ -42,9 +50,9 @@ def test_scores_equal_a_second_implementation_on_the_same_run(
 ):
     from sentence_transformers import SentenceTransformer
 
-    made = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))[
-        "teacher"
-    ]
+    root = Root(str(tmp_path))
+    spec = scores_spec(config, "teacher", config.references["teacher"])
+    (made,) = find_or_make(STAGE, [spec], root)
     scores = {(row["task"], row["metric"]): row["value"] for row in made.read().to_pylist()}
 
     test = read_test(config.tests[0])
@@ -70,9 +78,7 @@ def test_scores_equal_a_second_implementation_on_the_same_run(
 
     stored = json.loads(Path(made.path, "mteb", "local.json").read_text())
     assert stored["scores"]["test"][0]["ndcg_at_10"] == scores["local", "ndcg_at_10"]
-    again = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))[
-        "teacher"
-    ]
+    (again,) = find_or_make(STAGE, [spec], root)
     assert again.manifest == made.manifest
 
 

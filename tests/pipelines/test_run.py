@@ -15,8 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from clusterlib.artifacts.artifact import Root
+from clusterlib.batches.plan import Plan
+from clusterlib.clusters.shards import Shards
+from clusterlib.errors import StrataError
 from pipelines.cli import main
-from pipelines.run import Chain, Run, load_recipe
+from pipelines.recipe import load_recipe
+from pipelines.run import Run
 
 
 def digests(root):
@@ -379,7 +383,7 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
         config = load_recipe(
             str(recipe), {"data": str(tmp_path / place), "ingest.inputs.0.path": "pairs.jsonl"}
         )
-        names.append(Chain(config).pairs.name)
+        names.append([spec.name for spec in Run(config, Root("nowhere")).specs("pairs")])
     assert names[0] == names[1]
 
 
@@ -398,18 +402,23 @@ def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path
         },
     )
     run = Run(config, Root(str(tmp_path)))
-    pinned = {arm: chain.embeddings.config["embed"].teacher for arm, chain in run.arms.items()}
+    pinned = {
+        name: arm.specs("embeddings")["jsonl"].config["embed"].teacher
+        for name, arm in run.arms.items()
+    }
     assert {arm: (ref.name, ref.revision) for arm, ref in pinned.items()} == {
         "same": ("owner/one", "1" * 40),
         "other": ("owner/two", "2" * 40),
     }
-    assert run.arms["same"].shards.config["shard"].tokenizer.revision == "3" * 40
+    shards = run.arms["same"].specs("shards")["jsonl"]
+    assert shards.config["shard"].tokenizer.revision == "3" * 40
     assert run.config.evaluate.references["teacher"].revision == "1" * 40
     assert run.config.evaluate.references["bm25"].revision is None
-    names = {spec.name for _, spec in run.specs()}
+    names = {spec.name for spec in run.all_specs()}
     commits["owner/one"] = "4" * 40  # it moves on, and the next run sees it
     later = Run(config, Root(str(tmp_path))).arms
-    assert later["other"].embeddings.name in names and later["same"].embeddings.name not in names
+    embeddings = {name: arm.specs("embeddings")["jsonl"].name for name, arm in later.items()}
+    assert embeddings["other"] in names and embeddings["same"] not in names
 
 
 def test_arms_that_differ_in_what_they_do_not_use_are_one_model(recipe):
@@ -418,8 +427,98 @@ def test_arms_that_differ_in_what_they_do_not_use_are_one_model(recipe):
         "two": {"batching.strategy": "random", "batching.k": 4},
         "three": {},
     }
-    chains = [
-        Chain(config) for config in load_recipe(str(recipe), {"arms": arms}).arm_configs().values()
-    ]
-    names = [chain.model.name for chain in chains]
+    run = Run(load_recipe(str(recipe), {"arms": arms}), Root("nowhere"))
+    names = [spec.name for arm in run.arms.values() for spec in arm.specs("model").values()]
     assert names[0] == names[1] != names[2]
+
+
+@pytest.fixture
+def with_sources(recipe, pairs_file, tmp_path):
+    """The recipe with a source of each letter, each with 160 pairs of its own."""
+    records = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+
+    def load(names, **changes):
+        inputs = []
+        for name in names:
+            path = tmp_path / f"{name}.jsonl"
+            own = [{side: f"{text} {name}" for side, text in pair.items()} for pair in records]
+            path.write_text("\n".join(map(json.dumps, own)))
+            inputs.append({"source": name, "format": "jsonl", "path": str(path)})
+        settings = {"ingest.inputs": inputs, "arms": {}, **changes}
+        return load_recipe(str(recipe), settings)
+
+    return load
+
+
+def shard_all(config, root):
+    run = Run(config, Root(str(root)))
+    for stage in ("ingest", "embed", "cluster", "shard"):
+        run.make(stage)
+    return run
+
+
+def test_another_source_makes_its_own_artifacts_alone_and_ends_as_a_fresh_run(
+    with_sources, ray_running, tmp_path
+):
+    three = shard_all(with_sources("abc"), tmp_path / "grown")
+    before = digests(three.root)
+    four = with_sources("abcd")
+    grown = shard_all(four, tmp_path / "grown")
+    added = [artifact for artifact in grown.root.artifacts() if artifact.name not in before]
+    assert [(artifact.kind, artifact.label) for artifact in added] == [
+        (kind, "d") for kind in ("pairs", "embeddings", "centroids", "shards")
+    ]
+    fresh = shard_all(four, tmp_path / "fresh")
+    assert digests(grown.root) == digests(fresh.root)
+    assert [spec.name for spec in grown.all_specs()] == [spec.name for spec in fresh.all_specs()]
+    batches = [batches_of(run) for run in (grown, fresh)]
+    for one, other in zip(*batches, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def batches_of(run):
+    (arm,) = run.arms.values()
+    shards = Shards([run.root.open(spec) for spec in arm.specs("shards").values()])
+    plan = Plan(shards.index, arm.config.batching)
+    return [plan.step(step, 12).rows for step in range(12)]
+
+
+def test_settings_of_a_source_change_that_source_alone(with_sources):
+    def names(**changes):
+        run = Run(with_sources("ab", **changes), Root("nowhere"))
+        (arm,) = run.arms.values()
+        return {
+            (kind, source): spec.name
+            for kind in ("pairs", "embeddings", "centroids", "shards")
+            for source, spec in arm.specs(kind).items()
+        }
+
+    plain = names()
+    for setting, value, first in (
+        ("embed.query_prompt", "ask: ", 1),
+        ("cluster.num_leaves", 1, 2),
+        ("shard.passage_max_tokens", 9, 3),
+    ):
+        changed = {
+            key
+            for key, name in names(sources={"b": {setting: value}}).items()
+            if name != plain[key]
+        }
+        kinds = ("pairs", "embeddings", "centroids", "shards")[first:]
+        assert changed == {(kind, "b") for kind in kinds}
+    weighted = names(**{"batching.source_weights": {"a": 2}})
+    assert weighted == plain
+
+
+@pytest.mark.parametrize(
+    "sources, message",
+    [
+        ({"b": {"embed.teacher": {"name": "x"}}}, "b: embed.teacher cannot differ by source"),
+        ({"b": {"train.steps": 2}}, "b: train.steps cannot differ by source"),
+        ({"z": {"cluster.num_leaves": 1}}, "sources.z: no input is of that source; there are a, b"),
+        ({"b": {"cluster.leaves": 1}}, "cluster.leaves: unknown setting"),
+    ],
+)
+def test_settings_that_cannot_differ_by_source_are_refused(with_sources, sources, message):
+    with pytest.raises(StrataError, match=re.escape(message)):
+        with_sources("ab", sources=sources)

@@ -7,7 +7,7 @@ import pytest
 from clusterlib.artifacts.artifact import Root, Spec
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.errors import StrataError
-from pipelines.stage import Task, Workers, make
+from pipelines.tasks import Job, Task, Workers, make
 
 SCHEMA = pa.schema([("x", pa.int64())])
 
@@ -53,9 +53,9 @@ def draft(ray_running, tmp_path):
 def run(draft, worker):
     tasks = [Task(f"{work}", work, f"file {work}") for work in (1, 2, 3)]
     publish = functools.partial(draft.publish, stats={"by": "us"})
-    return make(
-        draft, "test", tasks, functools.partial(worker, draft), Workers(max_workers=1), publish
-    )
+    job = Job(draft, tasks, functools.partial(worker, draft), publish)
+    (made,) = make("test", [job], Workers(max_workers=1))
+    return made
 
 
 def test_parts_are_in_task_order_and_a_failed_task_is_done_again(draft):
@@ -87,13 +87,24 @@ def test_a_driver_that_is_overtaken_while_it_publishes_returns_what_the_other_ma
         extra = draft.write("extra", "0", SCHEMA, groups())
         return draft.publish([*receipts, Receipt([extra])], {"by": "us"})
 
-    made = make(
-        draft,
-        "test",
-        [Task("6", 6, "file 6")],
-        functools.partial(Plain, draft),
-        Workers(max_workers=1),
-        publish,
-    )
+    job = Job(draft, [Task("6", 6, "file 6")], functools.partial(Plain, draft), publish)
+    (made,) = make("test", [job], Workers(max_workers=1))
     assert made.stats["by"] == "other"
     made.verify()
+
+
+def test_jobs_share_one_pool_and_each_is_published_by_itself(ray_running, tmp_path):
+    drafts = [Draft(Root(str(tmp_path)), Spec("things", 1, {"n": n}, label=f"{n}")) for n in (1, 2)]
+
+    def job(draft, work, worker):
+        tasks = [Task(f"{number}", number, f"file {number}") for number in work]
+        return Job(draft, tasks, functools.partial(worker, draft), draft.publish)
+
+    failing = functools.partial(Plain, failing=True)
+    with pytest.raises(StrataError, match="work 3 is odd"):
+        make("test", [job(drafts[0], (2, 4), Plain), job(drafts[1], (3,), failing)], Workers(1, 1))
+    finished = drafts[0].root.find(drafts[0].spec)
+    assert finished.num_rows == 6 and drafts[1].root.find(drafts[1].spec) is None
+    made = make("test", [job(drafts[0], (2, 4), Plain), job(drafts[1], (3,), Plain)], Workers(1, 1))
+    assert [artifact.num_rows for artifact in made] == [6, 3]
+    assert made[0].manifest["created_utc"] == finished.manifest["created_utc"]
