@@ -22,7 +22,14 @@ from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.config import Config, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import MEAN, SCORES
-from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
+from pipelines.retrieval_tests import (
+    RetrievalTest,
+    RetrievalTestConfig,
+    TaskConfig,
+    TestConfig,
+    mteb_task,
+    read_test,
+)
 from pipelines.sources import origin
 from pipelines.stage import fetch, told
 from train.launch import EXPORT
@@ -39,11 +46,9 @@ METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": 
 class EvaluateConfig(Config):
     """What models are measured on, and what they are compared with."""
 
-    tests: list[RetrievalTestConfig] = Field(
-        [], description="local retrieval tests, kept out of training"
-    )
-    tasks: list[str] = Field(
-        [], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval"
+    tests: list[RetrievalTestConfig] = Field([], description="local retrieval tests")
+    tasks: list[TaskConfig] = Field(
+        [], description="retrieval tasks of mteb; a name alone stands for a task with the defaults"
     )
     references: dict[str, ModelRef] = Field(
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
@@ -51,6 +56,15 @@ class EvaluateConfig(Config):
 
     cpus_per_worker: float = runtime(1, gt=0)
     gpus_per_worker: float = runtime(0, ge=0)
+
+    @property
+    def all_tests(self) -> list[TestConfig]:
+        """Local tests and tasks."""
+        return [*self.tests, *self.tasks]
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task.name for task in self.tasks]
 
     def pinned(self) -> Self:
         references = {
@@ -85,7 +99,7 @@ class StudentTests:
     config: EvaluateConfig
 
     def content(self) -> dict[str, Any]:
-        return {"tests": self.config.tests, "tasks": self.config.tasks}
+        return {"tests": self.config.tests, "tasks": self.config.task_names}
 
     def origin(self) -> dict[str, Any]:
         return {"tests": [origin(test) for test in self.config.tests]}
@@ -95,7 +109,7 @@ class StudentTests:
         return [read_test(test) for test in self.config.tests]
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        rows, _ = _measure(_load_folder(model, device), self._tests, self.config.tasks)
+        rows, _ = _measure(_load_folder(model, device), self._tests, self.config.task_names)
         return rows
 
 
@@ -134,7 +148,7 @@ def evaluate(
             scheduling_strategy="DEFAULT",
         )(_score)
         draft = Draft(root, spec)
-        pending[run] = draft, task.remote(draft, run, model, tests, config.tasks)
+        pending[run] = draft, task.remote(draft, run, model, tests, config.task_names)
     for run, (draft, reference) in pending.items():
         made[run] = fetch(draft, f"evaluate: {run}", reference)
         print(f"evaluate: {run} done")
@@ -183,9 +197,7 @@ def _measure(
     """
     import mteb
 
-    wanted = [_local_task(test) for test in tests] + (
-        list(mteb.get_tasks(tasks=list(tasks))) if tasks else []
-    )
+    wanted = [*map(_local_task, tests), *map(mteb_task, tasks)]
     # BM25's library draws progress bars that no setting turns off.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
         result = mteb.evaluate(
@@ -272,7 +284,10 @@ def _local_task(test: RetrievalTest) -> Any:
                 "default": {
                     test.split: {
                         "corpus": Dataset.from_dict(
-                            {"id": list(test.corpus), "text": list(test.corpus.values())}
+                            {
+                                "id": list(test.corpus),
+                                "text": [passage.whole for passage in test.corpus.values()],
+                            }
                         ),
                         "queries": Dataset.from_dict(
                             {"id": list(test.queries), "text": list(test.queries.values())}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
@@ -19,11 +19,9 @@ from clusterlib.artifacts.config import Config
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import PAIRS, REJECTS, rejects, validate_pairs
 from clusterlib.errors import StrataError
-from pipelines.retrieval_tests import RetrievalTestConfig, is_held_out, passage_ids, read_test
 from pipelines.sources import InputConfig, Split, origin, read, splits
 from pipelines.stage import Task, Workers, make
 
-_HELD_OUT = "passage belongs to a retrieval test"
 _NOT_CHOSEN = "not in the fraction to keep"
 _REJECTS_ROWS = 65_536  # in a row group
 
@@ -35,26 +33,19 @@ class IngestConfig(Config):
     max_chars: int = Field(100_000, ge=1, description="a longer query or passage is refused")
 
 
-def pairs_spec(config: IngestConfig, tests: Sequence[RetrievalTestConfig]) -> Spec:
+def pairs_spec(config: IngestConfig) -> Spec:
     """What the pairs are made from."""
-    return Spec(
-        "pairs",
-        2,
-        {"ingest": config, "held_out": list(tests)},
-        origin={
-            "inputs": [origin(source) for source in config.inputs],
-            "held_out": [origin(test) for test in tests],
-        },
-    )
+    inputs = [origin(source) for source in config.inputs]
+    return Spec("pairs", 3, {"ingest": config}, origin={"inputs": inputs})
 
 
-def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Root) -> Artifact:
-    """Read every input into the `pairs` artifact; no passage of `tests` gets in.
+def ingest(config: IngestConfig, root: Root) -> Artifact:
+    """Read every input into the `pairs` artifact.
 
     Raises:
         StrataError: an input is missing, damaged or lacks a column, or no usable pair is left.
     """
-    spec = pairs_spec(config, tests)
+    spec = pairs_spec(config)
     made = root.find(spec)
     if made is not None:
         return made
@@ -64,9 +55,7 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Roo
         for number, source in enumerate(config.inputs)
         for split in splits(source)
     ]
-    ids = [passage_ids(read_test(test)) for test in tests]
-    held_out = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.uint64)
-    worker = functools.partial(_Worker, draft, config.max_chars, held_out)
+    worker = functools.partial(_Worker, draft, config.max_chars)
 
     def publish(receipts: list[Receipt]) -> Artifact:
         counts: Counter[str] = Counter()
@@ -84,10 +73,9 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Roo
 
 
 class _Worker:
-    def __init__(self, draft: Draft, max_chars: int, held_out: np.ndarray) -> None:
+    def __init__(self, draft: Draft, max_chars: int) -> None:
         self._draft = draft
         self._max_chars = max_chars
-        self._held_out = held_out
 
     def __call__(self, work: tuple[str, Split]) -> Receipt:
         part_id, split = work
@@ -113,14 +101,9 @@ class _Worker:
                 *(bad[name].to_pylist() for name in ("file", "row", "reason")), strict=True
             ):
                 refused.keep(*row)
-            for reason, drop in (
-                (_HELD_OUT, lambda table: is_held_out(table["passage_id"], self._held_out)),
-                (_NOT_CHOSEN, _not_chosen(split.input.fraction)),
-            ):
-                dropped = drop(pairs)
-                refused.counts[reason] += int(dropped.sum())
-                pairs = pairs.filter(pa.array(~dropped))
-            yield pairs
+            dropped = _not_chosen(pairs, split.input.fraction)
+            refused.counts[_NOT_CHOSEN] += int(dropped.sum())
+            yield pairs.filter(pa.array(~dropped))
 
 
 class _Rejects:
@@ -169,9 +152,9 @@ class _Rejects:
             self._held.clear()
 
 
-def _not_chosen(fraction: float) -> Callable[[pa.Table], np.ndarray]:
-    """Which pairs a fraction leaves out: those whose id, a hash, lies beyond that share of all
-    ids.
+def _not_chosen(pairs: pa.Table, fraction: float) -> np.ndarray:
+    """Which pairs a fraction leaves out, bool [rows]: those whose id, a hash, lies beyond that
+    share of all ids.
     """
     limit = max(int(fraction * 2**64) - 1, 0)
-    return lambda pairs: pairs["pair_id"].to_numpy() > np.uint64(limit)
+    return pairs["pair_id"].to_numpy() > np.uint64(limit)

@@ -125,7 +125,7 @@ class Chain:
 
     @functools.cached_property
     def pairs(self) -> Spec:
-        return pairs_spec(self.config.ingest, self.config.evaluate.tests)
+        return pairs_spec(self.config.ingest)
 
     @functools.cached_property
     def embeddings(self) -> Spec:
@@ -138,7 +138,10 @@ class Chain:
     @functools.cached_property
     def shards(self) -> Spec:
         return shards_spec(
-            self.config.shard, self.embeddings.fingerprint, self.centroids.fingerprint
+            self.config.shard,
+            self.config.evaluate.all_tests,
+            self.embeddings.fingerprint,
+            self.centroids.fingerprint,
         )
 
     @property
@@ -189,10 +192,7 @@ class Run:
         return list(found.values())
 
     def ingest(self) -> dict[str, Artifact]:
-        return {
-            arm: ingest(chain.config.ingest, chain.config.evaluate.tests, self.root)
-            for arm, chain in self.arms.items()
-        }
+        return {arm: ingest(chain.config.ingest, self.root) for arm, chain in self.arms.items()}
 
     def embed(self) -> dict[str, Artifact]:
         return {
@@ -210,6 +210,7 @@ class Run:
         return {
             arm: shard(
                 chain.config.shard,
+                chain.config.evaluate.all_tests,
                 self._open(chain.embeddings, "embed"),
                 self._open(chain.centroids, "cluster"),
                 self.root,

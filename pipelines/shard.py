@@ -1,24 +1,30 @@
 """shard: `embeddings` + `centroids` -> `shards`, rows grouped by cluster and tokenised, in one
-pass.
+pass; what retrieval tests hold out is left out here -> rejects.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from pydantic import Field
 
 from clusterlib.artifacts.artifact import Artifact, Root, Slice, Spec
 from clusterlib.artifacts.config import Config, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
-from clusterlib.artifacts.tables import INDEX, TREE, shards_schema, token_type
+from clusterlib.artifacts.tables import INDEX, REJECTS, TREE, shards_schema, token_type
 from clusterlib.artifacts.tables import vectors as to_matrix
 from clusterlib.clusters import kmeans, shards
+from clusterlib.errors import StrataError
+from pipelines.held_out import HeldOut, held_out, held_out_content
+from pipelines.retrieval_tests import TestConfig
 from pipelines.stage import Task, Workers, make
 from train.data import TOKENIZER
 from train.model import TokenizerRef
@@ -46,21 +52,41 @@ class ShardConfig(Config):
     )
 
 
-def shards_spec(config: ShardConfig, embeddings: str, centroids: str) -> Spec:
-    """What the shards are made from; the last two are fingerprints."""
-    return Spec("shards", 1, {"shard": config}, {"embeddings": embeddings, "centroids": centroids})
+def shards_spec(
+    config: ShardConfig, tests: Sequence[TestConfig], embeddings: str, centroids: str
+) -> Spec:
+    """What the shards are made from; the last two are fingerprints.
+
+    Of the tests it is what they hold out: their names only label rejects and counts, and stay as
+    they were when the shards were made.
+    """
+    return Spec(
+        "shards",
+        2,
+        {"shard": config},
+        {"embeddings": embeddings, "centroids": centroids},
+        {"held_out": held_out_content(tests)},
+    )
 
 
-def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: Root) -> Artifact:
-    """Assign every pair to its leaf, tokenise it, and write each block as one file sorted by leaf.
+def shard(
+    config: ShardConfig,
+    tests: Sequence[TestConfig],
+    embeddings: Artifact,
+    centroids: Artifact,
+    root: Root,
+) -> Artifact:
+    """Leave out every pair that tests hold out, assign the others to their leaves, tokenise them,
+    and write each block as one file sorted by leaf.
 
     The artifact holds the table `shards`, the tables `index` and `tree` that a plan is made from,
-    and the tokenizer.
+    the tokenizer, and in `rejects` the part of the embeddings and the row of what was held out.
+    Centroids are fitted on all pairs.
 
     Raises:
-        StrataError: the tokenizer cannot be loaded.
+        StrataError: the tokenizer or what a test holds out cannot be loaded, or no pair is left.
     """
-    spec = shards_spec(config, embeddings.fingerprint, centroids.fingerprint)
+    spec = shards_spec(config, tests, embeddings.fingerprint, centroids.fingerprint)
     made = root.find(spec)
     if made is not None:
         return made
@@ -71,8 +97,18 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
         Task(f"{file:06d}-{config.block_rows}", (file, block), ", ".join(map(str, block)))
         for file, block in enumerate(embeddings.blocks(config.block_rows))
     ]
+    # Once in the memory of each node, whatever the number of workers.
+    kept_out = ray.put(held_out(tests))
 
     def publish(receipts: list[Receipt]) -> Artifact:
+        counts: Counter[str] = Counter()
+        for receipt in receipts:
+            counts.update(receipt.stats["num_rows_by_source"])
+        if not counts:
+            raise StrataError(
+                "no pair is left to train on: all are held out for the tests of `evaluate`; see "
+                "their hold_out"
+            )
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             files = draft.write_folder(TOKENIZER, Path(folder))
@@ -81,17 +117,14 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
             side: sum(receipt.stats["num_truncated"][side] for receipt in receipts)
             for side in ("query", "passage")
         }
-        stats = {
-            "num_rows_by_source": embeddings.stats["num_rows_by_source"],
-            "num_truncated": truncated,
-        }
+        stats = {"num_rows_by_source": dict(sorted(counts.items())), "num_truncated": truncated}
         return draft.publish([*receipts, Receipt([tree, *files])], stats)
 
     return make(
         draft,
         "shard",
         tasks,
-        functools.partial(_Worker, config, embeddings, centroids, draft),
+        functools.partial(_Worker, config, embeddings, centroids, draft, kept_out),
         Workers(),
         publish,
     )
@@ -99,11 +132,17 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
 
 class _Worker:
     def __init__(
-        self, config: ShardConfig, embeddings: Artifact, centroids: Artifact, draft: Draft
+        self,
+        config: ShardConfig,
+        embeddings: Artifact,
+        centroids: Artifact,
+        draft: Draft,
+        kept_out: ray.ObjectRef,
     ) -> None:
         self._config = config
         self._embeddings = embeddings
         self._draft = draft
+        self._held_out: HeldOut = ray.get(kept_out)
         self._field: kmeans.ClusterField = centroids.config["cluster"]["field"]
         self._centroids = leaf_centroids(centroids)
         tokenizer = config.tokenizer.load()
@@ -119,7 +158,7 @@ class _Worker:
         config = self._config
         embeddings = _EMBEDDINGS if config.teacher_vectors else kmeans.columns(self._field)
         columns = ["pair_id", "source", "query_id", "query", "passage_id", "passage", *embeddings]
-        table = pa.concat_tables([self._embeddings.read_slice(piece, columns) for piece in pieces])
+        table, refused = self._usable(pieces, columns)
         query, cut_queries = self._tokenize(
             table["query"], config.query_prompt, config.query_max_tokens
         )
@@ -138,11 +177,40 @@ class _Worker:
             self._draft.write("shards", f"{file:06d}", block.schema, groups),
             self._draft.write("index", f"{file:06d}", INDEX, [runs]),
         ]
+        if refused.num_rows:
+            parts.append(self._draft.write("rejects", f"{file:06d}", REJECTS, [refused]))
         return Receipt(
             parts,
-            block.num_rows,
-            stats={"num_truncated": {"query": cut_queries, "passage": cut_passages}},
+            block.num_rows + refused.num_rows,
+            _counts(refused["reason"]),
+            {
+                "num_rows_by_source": _counts(table["source"]),
+                "num_truncated": {"query": cut_queries, "passage": cut_passages},
+            },
         )
+
+    def _usable(self, pieces: list[Slice], columns: list[str]) -> tuple[pa.Table, pa.Table]:
+        """The rows of a block that may be trained on, and the others as rejects."""
+        usable, refused = [], []
+        for piece in pieces:
+            table = self._embeddings.read_slice(piece, columns)
+            reasons = self._held_out.find(
+                table["passage_id"].to_numpy(), table["query_id"].to_numpy()
+            )
+            usable.append(table.filter(pa.array(reasons < 0)))
+            refused.append(self._refused(piece, table["source"], reasons))
+        return pa.concat_tables(usable), pa.concat_tables(refused)
+
+    def _refused(self, piece: Slice, source: pa.ChunkedArray, reasons: np.ndarray) -> pa.Table:
+        """Rejects of a slice, given the number of each row's reason; -1 where it has none."""
+        rows = np.flatnonzero(reasons >= 0)
+        columns = [
+            source.take(rows),
+            pa.array([piece.part.path] * len(rows), pa.string()),
+            pa.array(piece.first_row + rows),
+            pa.array(self._held_out.reasons, pa.string()).take(reasons[rows]),
+        ]
+        return pa.Table.from_arrays(columns, schema=REJECTS)
 
     def _leaves(self, table: pa.Table) -> np.ndarray:
         """The nearest leaf of each pair's own source, int32 [rows]."""
@@ -164,7 +232,13 @@ class _Worker:
             encoded = self._tokenizer.encode_batch_fast([prompt + text for text in piece])
             tokens.append(pa.array([item.ids for item in encoded], pa.list_(self._token)))
             cut += sum(bool(item.overflowing) for item in encoded)
-        return pa.chunked_array(tokens), cut
+        return pa.chunked_array(tokens, pa.list_(self._token)), cut
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How many rows have each value, sorted by it."""
+    counted = pc.value_counts(column).to_pylist()
+    return dict(sorted((item["values"], item["counts"]) for item in counted))
 
 
 def leaf_centroids(centroids: Artifact) -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
 """A small chain of artifacts made once, for the tests of single stages."""
 
 import json
+import sys
 import tempfile
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,10 +44,10 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
             block_rows=70,
         ),
     )
-    pairs = ingest(configs.ingest, [], root)
+    pairs = ingest(configs.ingest, root)
     embeddings = embed(configs.embed, pairs, root)
     centroids = cluster(configs.cluster, embeddings, root)
-    shards = shard(configs.shard, embeddings, centroids, root)
+    shards = shard(configs.shard, [], embeddings, centroids, root)
     return SimpleNamespace(
         root=root,
         configs=configs,
@@ -68,7 +68,7 @@ def read_here():
         source = InputConfig(**{"source": "s", **settings}).located(str(folder))
         with tempfile.TemporaryDirectory() as root:
             draft = Draft(Root(root), Spec("pairs", 1, {}))
-            worker = _Worker(draft, max_chars, np.empty(0, np.uint64))
+            worker = _Worker(draft, max_chars)
             receipts = [worker((split.id, split)) for split in splits(source)]
             made = draft.publish(receipts)  # which checks that no row is lost
             table = made.read("rejects") if made.parts("rejects") else REJECTS.empty_table()
@@ -155,6 +155,41 @@ def judged_folder(request, tmp_path):
             tmp_path / "qrels.parquet",
         )
     return tmp_path
+
+
+@pytest.fixture
+def local_task(monkeypatch):
+    """The name of a task that mteb has in this process alone and that needs no download: two
+    queries, one without a relevant passage, and three passages, the judged one with a title.
+    """
+    import mteb
+    from datasets import Dataset
+
+    from pipelines.evaluate import _local_task
+    from pipelines.retrieval_tests import RetrievalTest
+
+    base = type(_local_task(RetrievalTest("LocalTask", "test", {}, {}, {})))
+
+    class LocalTask(base):
+        def load_data(self, num_proc=None, **options):
+            corpus = {
+                "id": ["a", "b", "c"],
+                "title": ["Title", "", None],
+                "text": ["first answer", "second answer", "nobody asks"],
+            }
+            queries = {"id": ["q1", "q2", "q3"], "text": ["first question", "second question", "-"]}
+            data = {
+                "corpus": Dataset.from_dict(corpus),
+                "queries": Dataset.from_dict(queries),
+                "relevant_docs": {"q1": {"a": 1, "b": 0}, "q2": {"b": 0}},
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": data}}
+            self.data_loaded = True
+
+    registry = sys.modules[mteb.get_task.__module__]._TASKS_REGISTRY
+    monkeypatch.setitem(registry, "LocalTask", LocalTask)
+    return "LocalTask"
 
 
 @pytest.fixture
