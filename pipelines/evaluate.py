@@ -19,10 +19,17 @@ import ray
 from pydantic import Field
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
-from clusterlib.artifacts.config import Config, fingerprint, runtime
+from clusterlib.artifacts.config import Config, fingerprint, plain, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import MEAN, SCORES
-from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
+from pipelines.retrieval_tests import (
+    RetrievalTest,
+    RetrievalTestConfig,
+    TaskConfig,
+    TestConfig,
+    mteb_task,
+    read_test,
+)
 from pipelines.sources import origin
 from pipelines.stage import Stage
 from pipelines.tasks import fetch, told
@@ -43,11 +50,9 @@ METRICS = {"ndcg_at_10": "NDCG@10", "recall_at_100": "recall@100", "mrr_at_10": 
 class EvaluateConfig(Config):
     """What models are measured on, and what they are compared with."""
 
-    tests: list[RetrievalTestConfig] = Field(
-        [], description="local retrieval tests, kept out of training"
-    )
-    tasks: list[str] = Field(
-        [], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval"
+    tests: list[RetrievalTestConfig] = Field([], description="local retrieval tests")
+    tasks: list[TaskConfig] = Field(
+        [], description="retrieval tasks of mteb; a name alone stands for a task with the defaults"
     )
     references: dict[str, ModelRef] = Field(
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
@@ -60,11 +65,20 @@ class EvaluateConfig(Config):
         0, ge=0, description="GPUs, or a share of one, that a model that is scored takes"
     )
 
+    @property
+    def all_tests(self) -> list[TestConfig]:
+        """Local tests and tasks."""
+        return [*self.tests, *self.tasks]
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
     def content(self) -> dict[str, Any]:
-        """What shapes a model's scores; with what others they are compared does not."""
-        content = super().content()
-        del content["references"]
-        return content
+        """What shapes a model's scores; with what others they are compared does not, nor what is
+        held out.
+        """
+        return {"tests": plain(self.tests), "tasks": self.task_names}
 
     def pinned(self) -> Self:
         references = {
@@ -128,7 +142,7 @@ def scores_spec(config: EvaluateConfig, run: str, model: Spec | ModelRef) -> Spe
         inputs["model"] = model
     else:
         settings["model"] = model
-    origin = StudentTests(config.tests, config.tasks).origin()
+    origin = StudentTests(config.tests, config.task_names).origin()
     return Spec("scores", 2, settings, inputs, origin, label=run)
 
 
@@ -174,7 +188,7 @@ def _score(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTe
 def _scores(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTest]) -> None:
     config: EvaluateConfig = draft.spec.config["evaluate"]
     with tempfile.TemporaryDirectory() as scratch:
-        rows, results = _measure(_load(model, Path(scratch)), tests, config.tasks)
+        rows, results = _measure(_load(model, Path(scratch)), tests, config.task_names)
     parts = [
         draft.write_bytes(
             "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
@@ -198,9 +212,7 @@ def _measure(
     """
     import mteb
 
-    wanted = [_local_task(test) for test in tests] + (
-        list(mteb.get_tasks(tasks=list(tasks))) if tasks else []
-    )
+    wanted = [*map(_local_task, tests), *map(mteb_task, tasks)]
     # BM25's library draws progress bars that no setting turns off.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
         result = mteb.evaluate(
@@ -287,7 +299,10 @@ def _local_task(test: RetrievalTest) -> Any:
                 "default": {
                     test.split: {
                         "corpus": Dataset.from_dict(
-                            {"id": list(test.corpus), "text": list(test.corpus.values())}
+                            {
+                                "id": list(test.corpus),
+                                "text": [passage.whole for passage in test.corpus.values()],
+                            }
                         ),
                         "queries": Dataset.from_dict(
                             {"id": list(test.queries), "text": list(test.queries.values())}

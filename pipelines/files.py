@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,18 @@ _ESCAPED = re.compile(r"\[([*?[])\]")
 Refuse = Callable[
     [str, int, str], None
 ]  # takes a row that cannot be used: its file, number and what is wrong with it
+
+
+class Passage(NamedTuple):
+    """A text of a BEIR folder; queries, and passages of many corpora, have no title."""
+
+    title: str
+    text: str
+
+    @property
+    def whole(self) -> str:
+        """Title and text as one, which is what models are given."""
+        return f"{self.title} {self.text}" if self.title else self.text
 
 
 def stop(file: str, row: int, reason: str) -> NoReturn:
@@ -306,7 +318,13 @@ def tsv_judgements(
 
 
 def beir_texts(location: Location, refuse: Refuse = stop) -> Iterator[tuple[str, str]]:
-    """(id, title and text) of a corpus or of queries."""
+    """(id, title and text as one) of a corpus or of queries."""
+    for name, passage in beir_passages(location, refuse):
+        yield name, passage.whole
+
+
+def beir_passages(location: Location, refuse: Refuse = stop) -> Iterator[tuple[str, Passage]]:
+    """(id, passage) of a corpus or of queries."""
     for row, record in _records(location, ("_id", "text"), ("title",), refuse):
         name, title = record.get("_id"), record.get("title")
         text: Any = record.get("text")
@@ -318,7 +336,7 @@ def beir_texts(location: Location, refuse: Refuse = stop) -> Iterator[tuple[str,
         if reason:
             refuse(location.path, row, reason)
         else:
-            yield str(name), f"{title} {text}" if title else text
+            yield str(name), Passage(title or "", text)
 
 
 def beir_judgements(

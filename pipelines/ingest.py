@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -110,7 +110,6 @@ class _Worker:
 
     def _usable(self, split: Split, refused: _Rejects) -> Iterator[pa.Table]:
         """Usable pairs of a split, a row group at a time; other rows go to `refused`."""
-        is_left_out = _not_chosen(split.input.fraction)
         for raw in read(split, refused.unreadable):
             refused.num_rows_in += raw.num_rows
             pairs, bad = validate_pairs(raw, split.input.source, self._max_chars)
@@ -118,7 +117,7 @@ class _Worker:
                 *(bad[name].to_pylist() for name in ("file", "row", "reason")), strict=True
             ):
                 refused.keep(*row)
-            left_out = is_left_out(pairs)
+            left_out = _not_chosen(pairs, split.input.fraction)
             refused.counts[_NOT_CHOSEN] += int(left_out.sum())
             yield pairs.filter(pa.array(~left_out))
 
@@ -169,9 +168,9 @@ class _Rejects:
             self._held.clear()
 
 
-def _not_chosen(fraction: float) -> Callable[[pa.Table], np.ndarray]:
-    """Which pairs a fraction leaves out: those whose id, a hash, lies beyond that share of all
-    ids.
+def _not_chosen(pairs: pa.Table, fraction: float) -> np.ndarray:
+    """Which pairs a fraction leaves out, bool [rows]: those whose id, a hash, lies beyond that
+    share of all ids.
     """
     limit = max(int(fraction * 2**64) - 1, 0)
-    return lambda pairs: pairs["pair_id"].to_numpy() > np.uint64(limit)
+    return pairs["pair_id"].to_numpy() > np.uint64(limit)

@@ -34,7 +34,7 @@ from pipelines.files import (
     tsv_judgements,
     tsv_texts,
 )
-from pipelines.retrieval_tests import RetrievalTestConfig
+from pipelines.retrieval_tests import RetrievalTestConfig, TaskConfig, TestConfig, task_content
 
 _BATCH_CHARS = 2**26
 _RAW = pa.schema(
@@ -187,13 +187,15 @@ def splits(config: InputConfig) -> list[Split]:
     return [Split("00000", config, config.path)]
 
 
-def origin(config: InputConfig | RetrievalTestConfig) -> Any:
-    """What identifies an input's content, wherever it lies: names and digests (or tags) of its
-    files.
+def origin(config: InputConfig | TestConfig) -> Any:
+    """What identifies the content of an input or a test, wherever it lies: names and digests (or
+    tags) of its files, or the revision of its data set.
 
     A local file is read whole when it is first met, then only after a change: see
         clusterlib.artifacts.digests.
     """
+    if isinstance(config, TaskConfig):
+        return task_content(config)
     if config.format == "docstrings":
         return package_content(config.path)
     if isinstance(config, InputConfig) and _is_hub_name(config):

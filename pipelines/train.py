@@ -21,7 +21,7 @@ class Train(Stage):
 
     def specs(self, arm: Arm) -> dict[str, Spec]:
         config = arm.config
-        tests = StudentTests(config.evaluate.tests, config.evaluate.tasks)
+        tests = StudentTests(config.evaluate.tests, config.evaluate.task_names)
         prompts = {"query": config.shard.query_prompt, "document": config.shard.passage_prompt}
         shards = arm.specs("shards")
         return {

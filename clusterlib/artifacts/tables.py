@@ -173,7 +173,7 @@ def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     objects.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
 def fixed_size_list(matrix: np.ndarray) -> pa.FixedSizeListArray:

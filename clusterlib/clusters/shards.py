@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from clusterlib.artifacts.artifact import Artifact, Part
 from clusterlib.artifacts.tables import INDEX
 from clusterlib.clusters.tree import Tree, from_table
+from clusterlib.errors import StrataError
 
 _ROW_GROUP_ROWS = 4096  # small neighbouring clusters share a row group up to this size
 
@@ -152,6 +153,11 @@ class Shards:
             tables.append(table.set_column(place, INDEX.field("file"), file))
             trees |= from_table(artifact.read("tree"))
             first_file += len(artifact.parts())
+        if not any(table.num_rows for table in tables):
+            raise StrataError(
+                "no pair is left to train on: all are held out for the tests of `evaluate`; see "
+                "their hold_out"
+            )
         return ShardIndex(pa.concat_tables(tables), trees)
 
     @property

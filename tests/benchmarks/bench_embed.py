@@ -89,7 +89,7 @@ def write_pairs(table: pa.Table, source: str, folder: str) -> Artifact:
     path = f"{folder}/{source}.parquet"
     pq.write_table(table, path)
     inputs = [InputConfig(source=source, format="parquet", path=path)]
-    pairs = ingest(IngestConfig(inputs=inputs), [], Root(f"{folder}/pairs"))
+    pairs = ingest(IngestConfig(inputs=inputs), Root(f"{folder}/pairs"))
     assert pairs.num_rows == table.num_rows
     return pairs
 

@@ -73,7 +73,7 @@ def main() -> None:
         embeddings = write_embeddings(root, num_rows)
         with ray_session(None):
             centroids = timed(lambda: cluster(cluster_config, embeddings, root))
-            shards = timed(lambda: shard(shard_config, embeddings, centroids, root))
+            shards = timed(lambda: shard(shard_config, [], embeddings, centroids, root))
         assert shards.num_rows == num_rows
     print(
         f"RESULT bench_scale rows={num_rows} gib={peak_bytes / 2**30:.2f} "

@@ -1,6 +1,7 @@
 """A small chain of artifacts made once, for the tests of single stages."""
 
 import json
+import sys
 import tempfile
 from types import SimpleNamespace
 
@@ -50,7 +51,7 @@ def chain(tmp_path_factory, ray_running, pairs_file, teacher_folder, tokenizer_f
     pairs = {name: pairs_spec(configs.ingest, [item]) for name, item in inputs.items()}
     embeddings = {name: embeddings_spec(configs.embed, spec) for name, spec in pairs.items()}
     centroids = {name: centroids_spec(configs.cluster, spec) for name, spec in embeddings.items()}
-    shards = {name: shards_spec(configs.shard, spec) for name, spec in centroids.items()}
+    shards = {name: shards_spec(configs.shard, [], spec) for name, spec in centroids.items()}
     specs = {"pairs": pairs, "embeddings": embeddings, "centroids": centroids, "shards": shards}
     stages = (ingest.STAGE, embed.STAGE, cluster.STAGE, shard.STAGE)
     made = {
@@ -157,6 +158,41 @@ def judged_folder(request, tmp_path):
             tmp_path / "qrels.parquet",
         )
     return tmp_path
+
+
+@pytest.fixture
+def local_task(monkeypatch):
+    """The name of a task that mteb has in this process alone and that needs no download: two
+    queries, one without a relevant passage, and three passages, the judged one with a title.
+    """
+    import mteb
+    from datasets import Dataset
+
+    from pipelines.evaluate import _local_task
+    from pipelines.retrieval_tests import RetrievalTest
+
+    base = type(_local_task(RetrievalTest("LocalTask", "test", {}, {}, {})))
+
+    class LocalTask(base):
+        def load_data(self, num_proc=None, **options):
+            corpus = {
+                "id": ["a", "b", "c"],
+                "title": ["Title", "", None],
+                "text": ["first answer", "second answer", "nobody asks"],
+            }
+            queries = {"id": ["q1", "q2", "q3"], "text": ["first question", "second question", "-"]}
+            data = {
+                "corpus": Dataset.from_dict(corpus),
+                "queries": Dataset.from_dict(queries),
+                "relevant_docs": {"q1": {"a": 1, "b": 0}, "q2": {"b": 0}},
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": data}}
+            self.data_loaded = True
+
+    registry = sys.modules[mteb.get_task.__module__]._TASKS_REGISTRY
+    monkeypatch.setitem(registry, "LocalTask", LocalTask)
+    return "LocalTask"
 
 
 @pytest.fixture

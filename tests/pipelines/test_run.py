@@ -385,6 +385,32 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"evaluate.tests.0.name": "renamed"}, set()),
+        ({"evaluate.tests.0.hold_out": "judged"}, {"shards"}),
+        ({"evaluate.tests.0.hold_out": "none"}, {"shards"}),
+        ({"evaluate.tasks": ["MSMARCO"]}, {"shards"}),
+        ({"evaluate.tasks": [{"name": "MSMARCO", "hold_out": "none"}]}, set()),
+    ],
+    ids=str,
+)
+def test_a_test_shapes_no_data_before_the_shards_and_these_by_what_it_holds_out(
+    recipe, change, changed
+):
+    before, after = (
+        Run(load_recipe(str(recipe), {"evaluate.references": {}, **changes}), Root("nowhere"))
+        for changes in ({}, change)
+    )
+    kinds = {"pairs", "embeddings", "centroids", "shards"}
+    assert changed == {
+        kind
+        for kind in kinds
+        if [spec.name for spec in before.specs(kind)] != [spec.name for spec in after.specs(kind)]
+    }
+
+
 def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path, monkeypatch):
     """An arm that names another model must not ask for it at the commit of the recipe's."""
     commits = {"owner/one": "1" * 40, "owner/two": "2" * 40, "owner/three": "3" * 40}

@@ -86,6 +86,7 @@ def test_vectors_round_trip_through_a_column_and_its_chunks():
     chunked = pa.chunked_array([fixed_size_list(matrix[:2]), fixed_size_list(matrix[2:])])
     np.testing.assert_array_equal(vectors(chunked), matrix)
     np.testing.assert_array_equal(vectors(chunked.slice(1, 3)), matrix[1:4])
+    assert vectors(chunked.slice(0, 0)).shape == (0, matrix.shape[1])
     assert chunked.type == embeddings_schema(4).field("query_embedding").type
 
 
