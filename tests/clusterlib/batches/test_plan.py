@@ -1,3 +1,4 @@
+import hashlib
 import time
 import tracemalloc
 from collections import Counter
@@ -14,7 +15,7 @@ from clusterlib.batches.neighbors import NOBODY
 from clusterlib.batches.plan import BatchingConfig, Mining, Plan
 from clusterlib.batches.visits import summarize
 from clusterlib.clusters.shards import ShardIndex
-from clusterlib.clusters.tree import build
+from clusterlib.clusters.tree import Tree, build
 from clusterlib.errors import StrataError
 
 
@@ -597,3 +598,110 @@ def test_a_setting_that_changes_any_batch_makes_another_model(name):
         assert first == second or fingerprint(pair[0]) != fingerprint(pair[1])
 
     check()
+
+
+def written_out_index():
+    """An index whose trees are written out, so that a record of its batches rests on no other
+    code.
+    """
+    leaves = {"a": [130, 7, 64, 33, 0, 90], "b": [50, 50], "c": [10]}
+    merges = {"a": [[0, 1], [3, 4], [6, 2], [7, 5], [8, 9]], "b": [[0, 1]], "c": []}
+    rows = [
+        {"source": source, "leaf": leaf, "file": 0, "row_group": 0, "num_rows": count}
+        for source, counts in leaves.items()
+        for leaf, count in enumerate(counts)
+    ]
+    first_rows = np.cumsum([0, *(row["num_rows"] for row in rows)]).tolist()
+    rows = [{**row, "first_row": first} for row, first in zip(rows, first_rows, strict=False)]
+    trees = {
+        source: Tree(len(leaves[source]), np.array(pairs, np.int32).reshape(-1, 2))
+        for source, pairs in merges.items()
+    }
+    return ShardIndex(pa.Table.from_pylist(rows, schema=INDEX), trees)
+
+
+def written_out_neighbors(num_rows):
+    """A table of neighbors by arithmetic; every seventh row has none, every fifth has two."""
+    rows = np.arange(num_rows)[:, None]
+    table = (rows + np.arange(1, 9) ** 2) % num_rows
+    table[rows[:, 0] % 7 == 0] = NOBODY
+    table[rows[:, 0] % 5 == 0, 2:] = NOBODY
+    return table
+
+
+THREE = [
+    {"fraction": 0.2, "strategy": "random"},
+    {"fraction": 0.5, "k": 3},
+    {"fraction": 0.3, "strategy": "neighbors", "k": 2},
+]
+EQUAL = [{"fraction": 0.5, "strategy": "source"}, {"fraction": 0.5, "strategy": "source"}]
+RECORDED = [
+    ({"strategy": "random"}, "bc24eb8c5cd42e66", "7dd10923ff1527a7"),
+    ({"strategy": "random", "seed": 7}, "fa2435bbed0089ff", "ec3714527a594b92"),
+    ({"strategy": "source"}, "222b5f12f5cb37f7", "4adfa2c4b434480a"),
+    (
+        {"strategy": "source", "source_weights": {"a": 0.3, "b": 3}},
+        "0029981cc111e4bd",
+        "9b081a789cde741c",
+    ),
+    ({"strategy": "source", "max_source_fraction": 0.6}, "2853b28d7d5502d1", "bc1ab1661b5abcbd"),
+    ({"strategy": "cluster", "leftover": "drop"}, "644f2e0fd52106a2", "6031120250076275"),
+    ({"strategy": "cluster", "leftover": "merge"}, "348a0f892f0c7ae2", "73db248501d42494"),
+    ({"strategy": "cluster", "leftover": "source"}, "6cd784f488b8337c", "ff41a59b8d9d3be2"),
+    (
+        {"k": 2, "source_weights": {"b": 2.5}, "max_source_fraction": 0.7, "seed": 1},
+        "fe36855ae080464f",
+        "a69fc47186775d60",
+    ),
+    ({"strategy": "topic", "leftover": "drop"}, "2ef34f7be8d8566c", "8573a3967d4c2df5"),
+    (
+        {"strategy": "topic", "leftover": "merge", "clusters_per_batch": 2, "k": 4},
+        "c36819c4f05d03b0",
+        "3dc79d1d6b9a06c7",
+    ),
+    (
+        {"strategy": "topic", "leftover": "source", "clusters_per_batch": 8},
+        "d663ab63a71a6dcd",
+        "e8dbf79d5bc4ecda",
+    ),
+    (
+        {"strategy": "topic", "source_weights": {"a": 1.5}, "max_source_fraction": 0.9},
+        "46b1d2aebb32980b",
+        "6673d41112c2dc57",
+    ),
+    ({"strategy": "neighbors"}, "c1a1e55b7f9a153a", "58960ba49cc6f817"),
+    (
+        {"strategy": "neighbors", "neighbors": {"per_seed": 7, "refresh_every_steps": 4}, "k": 3},
+        "4f4fbd6a56ebb53d",
+        "f5da9c051cdba66e",
+    ),
+    (
+        {"strategy": "neighbors", "source_weights": {"a": 2, "b": 0.5}, "seed": 3},
+        "81f0e5e63ce1c1c2",
+        "4b5de8335f71433e",
+    ),
+    ({"phases": THREE}, "7160a89e8cda1b08", "50d772dff66e551d"),
+    ({"phases": EQUAL}, "04488ec58b7b174d", "991bdb2fe722c985"),
+]
+
+
+def record(index, config, num_steps):
+    """A digest of all that the batches of a run are, and of what they are trained on."""
+    plan = Plan(index, config)
+    digest = hashlib.sha256()
+    for step in range(num_steps):
+        mining = plan.mining(step, num_steps)
+        table = written_out_neighbors(index.num_rows) if mining else None
+        batch = plan.step(step, num_steps, table)
+        digest.update(batch.rows.astype("<i8").tobytes())
+        said = (batch.strata, batch.label, batch.phase, batch.epoch)
+        mined = mining and (mining.step, mining.phase, mining.by_student)
+        digest.update(repr((said, mined)).encode())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("chosen, batches, name", RECORDED)
+def test_same_settings_make_the_batches_recorded_before(chosen, batches, name):
+    config = BatchingConfig(global_batch_size=24, **chosen)
+    assert fingerprint(config) == name
+    assert record(written_out_index(), config, 90) == batches
