@@ -56,7 +56,7 @@ class NeighborsConfig(Config):
 
     @property
     def num_ranks(self) -> int:
-        """Neighbours kept of each row."""
+        """Neighbors kept of each row."""
         return self.last_rank - self.first_rank
 
     @model_validator(mode="after")

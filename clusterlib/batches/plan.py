@@ -301,8 +301,7 @@ class Phase:
 
         Args:
             neighbors: int64 [rows, w], where the strategy mines, and needed there: see
-                `clusterlib.batches.neighbors.with_neighbors`. Where the seeds have too few, rows of
-                their source drawn at random fill the batch.
+                `clusterlib.batches.neighbors.with_neighbors`.
         """
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of an epoch of {self.num_batches}")
@@ -319,7 +318,7 @@ class Phase:
                 raise ValueError("a batch of mined neighbors without a table of neighbors")
             key = self._keys.neighbors(epoch, index)
             rows = with_neighbors(rows, neighbors, self._config.neighbors.per_seed, key)
-            rows = self._filled_up(rows, number, count)
+        rows = self._filled_up(rows, number, count)
         strata = tuple(dict.fromkeys(segment.stratum for segment in segments))
         label = self.strata[strata[0]].name if len(strata) == 1 else f"{source.name}/mixed"
         return Batch(rows, strata, label, self._number, epoch)
@@ -338,8 +337,10 @@ class Phase:
         return stratum.first_row + permute(places, stratum.num_rows, key)
 
     def _filled_up(self, rows: np.ndarray, number: int, count: int) -> np.ndarray:
-        """The rows and, where a batch has more, others of the source."""
+        """The rows and, where a batch has more, others of the source drawn at random."""
         size, source = self._config.global_batch_size, self.sources[number]
+        if len(rows) == size:
+            return rows
         drawn = permute(np.arange(size), source.num_rows, self._keys.filling(number, count))
         others = source.strata[0].first_row + drawn
         return np.concatenate([rows, others[~np.isin(others, rows)][: size - len(rows)]])

@@ -58,7 +58,9 @@ def by_cluster(index: ShardIndex, k: int | None) -> Strata:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch is `num_blocks` blocks of `block_rows` rows, and what these bring."""
+    """A batch is `num_blocks` blocks of `block_rows` rows. Room that is left is for their
+    neighbors, where these are mined, and then for rows of the source drawn at random.
+    """
 
     num_blocks: int
     block_rows: int
