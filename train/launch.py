@@ -427,9 +427,8 @@ def _finish(
 def teacher_settings(config: TrainConfig, batching: BatchingConfig) -> list[str]:
     """Settings that need the teacher's vectors."""
     settings = ["train.loss.teacher_margin"] if config.loss.teacher_margin is not None else []
-    if any(phase.strategy == "neighbors" for phase in batching.schedule()):
-        settings.append("batching.strategy=neighbors")
-    return settings
+    mining = [name for name, strategy in batching.strategies().items() if strategy.mines]
+    return [*settings, *(f"batching.strategy={name}" for name in mining)]
 
 
 def _export(

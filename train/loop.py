@@ -187,7 +187,7 @@ def fit(
     """Train from `progress` to the last step; every rank calls it.
 
     Args:
-        mine: gives the table of neighbours for a step; see train.mine.Miner.
+        mine: gives the table of neighbors for a step; see train.mine.Miner.
         on_step: called on every rank after each step.
         on_checkpoint: called on every rank when a checkpoint is due, and after the last step; a
             skipped step has none, for the weights may be what is wrong.

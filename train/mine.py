@@ -1,4 +1,4 @@
-"""Mining neighbours: exact search inside clusters, shared out over ranks, with the teacher's or the
+"""Mining neighbors: exact search inside clusters, shared out over ranks, with the teacher's or the
 student's vectors.
 
 A finished table lies in storage in the run's draft, where a run that is continued finds it, and on
@@ -38,7 +38,7 @@ _READ_ROWS = 4096  # rows whose tokens are in memory at once
 
 @dataclass(frozen=True)
 class Miner:
-    """Gets the neighbours that a step needs; every rank calls it.
+    """Gets the neighbors that a step needs; every rank calls it.
 
     Attributes:
         draft: of the model.
@@ -56,7 +56,7 @@ class Miner:
     writes_cache: bool
 
     def __call__(self, mining: Mining, step: int) -> np.ndarray:
-        """The table of neighbours for `step`, int64 [rows, w], mapped from a file.
+        """The table of neighbors for `step`, int64 [rows, w], mapped from a file.
 
         Raises:
             StrataError: they were mined by the student of an earlier step, and are gone.
@@ -66,7 +66,7 @@ class Miner:
         if receipt is None:
             if mining.by_student and mining.step != step:
                 raise StrataError(
-                    f"{self.draft.path}: the neighbours that the student mined at step "
+                    f"{self.draft.path}: the neighbors that the student mined at step "
                     f"{mining.step} are gone; delete this folder, and the run starts anew"
                 )
             receipt = self._mine(mining, name)

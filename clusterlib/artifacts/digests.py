@@ -9,8 +9,8 @@ were still written lately never are.
 
 Elsewhere a store's entity tag or checksum says as much, for a request of its headers and nothing
 read: of an object store it follows from the bytes (in S3 their MD5, or that of its parts), so not
-    even two uploads within a second are
-taken for one. Only where there is neither that nor a time, the file itself is read, each time.
+even two uploads within a second are taken for one. Only where there is neither that nor a time,
+the file itself is read, each time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LARGE_BYTES = 2**20  # a smaller file is as soon read as looked up
 _SETTLED_NS = 2 * 10**9
 # Digests before tags: some stores give an object another tag when only its labels change.
 _TAGS = ("sha256", "md5hash", "md5", "content_md5", "checksum", "etag")
-_REQUESTS = 32  # at once
+_REQUESTS = 32  # requests to a store that wait for their answers at once
 _RECORD = re.compile(r"(\d+) (\d+) (\d+) (\d+) ([0-9a-f]{64})\n")
 
 
@@ -103,7 +103,7 @@ def _remote(fs: pafs.FileSystem, info: pafs.FileInfo) -> Any:
 def _tag(fs: pafs.FileSystem, path: str) -> str | None:
     """What a store says that differs whenever the bytes do."""
     if isinstance(fs, pafs.PyFileSystem):
-        found = fs.handler.fs.info(path)  # of fsspec
+        found = fs.handler.fs.info(path)  # fsspec's file system inside pyarrow's
     else:
         with fs.open_input_stream(path) as stream:
             found = stream.metadata()

@@ -3,9 +3,8 @@
 The artifact's folder holds, besides parts, one receipt per finished task and, last, the manifest. A
 task writes its parts under temporary names, renames them, then writes its receipt; a task that is
 killed or retried leaves at worst a file that no receipt names. The manifest is made from the
-receipts alone, and the rest is swept. Tables carry their
-digest in their name: a task that runs twice, on this driver or another, cannot change a part that a
-    receipt names.
+receipts alone, and the rest is swept. Tables carry their digest in their name: a task that runs
+twice, on this driver or another, cannot change a part that a receipt names.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ class Draft:
         dictionary = [
             name for name in ("source", "topic", "file", "reason", "leaf") if name in schema.names
         ]
-        # Token ids have bytes that are zero: apart from the others they cost nothing (a third less
-        # time, an eighth less space on real text).
+        # High bytes of token ids are mostly zero; stored apart from the low ones they cost nothing:
+        # the whole took a third less time and an eighth less space on real text.
         split = {
             f"{field.name}.list.element": "BYTE_STREAM_SPLIT"
             for field in schema

@@ -35,14 +35,13 @@ def commit(
 
     asked = f"{name} at {revision}" if revision else name
     try:
-        # Logs a warning of its own where the cache stands in for the hub. As a str it is what was
-        # asked for.
+        # Where the cache stands in for the hub, this logs a warning of its own. `resolved` is the
+        # commit; the answer itself, a str, is the revision that was asked for.
         return HfApi().resolve_revision(name, repo_type=kind, revision=revision).resolved
     except RevisionResolutionError:
         print(
             f"{asked}: the hub does not say which commit this {kind} is at; its name alone stands "
-            "for it, and a change "
-            "there goes unseen (set its revision to a commit)",
+            "for it, and a change there goes unseen (set its revision to a commit)",
             file=sys.stderr,
         )
         return None
@@ -53,6 +52,5 @@ def commit(
     except (HTTPError, OSError) as error:
         raise StrataError(
             f"{asked}: the hub does not give this {kind} ({str(error).partition(chr(10))[0]}); "
-            "check its name and "
-            "revision, and HF_TOKEN where it is private"
+            "check its name and revision, and HF_TOKEN where it is private"
         ) from error

@@ -50,7 +50,7 @@ INDEX = pa.schema(
     ]
 )
 
-SIMILARITY_BINS = 20  # of the histograms of similarities, from -1 to 1
+SIMILARITY_BINS = 20  # bins of a histogram of similarities, equal parts of -1 to 1
 
 # One row for every optimizer step; epochs are counted in each phase, means are over the queries of
 # the global batch.
@@ -61,37 +61,33 @@ STEPS = pa.schema(
         ("epoch", pa.int64()),
         ("stratum", pa.string()),
         ("loss", pa.float64()),
-        (
-            "accuracy",
-            pa.float64(),
-        ),  # share of queries nearer to their positive than to any negative
+        # Share of queries nearer to their positive than to any negative.
+        ("accuracy", pa.float64()),
         ("positive_similarity", pa.float64()),
         ("negative_similarity", pa.float64()),
-        ("hardness", pa.float64()),  # mean similarity of a query's 10 most similar negatives
-        ("masked_fraction", pa.float64()),  # of the in-batch negatives, for whatever reason
-        ("teacher_masked_fraction", pa.float64()),  # of them, by the teacher alone
-        (
-            "positive_histogram",
-            pa.list_(pa.float64(), SIMILARITY_BINS),
-        ),  # positives of a query by similarity
-        (
-            "negative_histogram",
-            pa.list_(pa.float64(), SIMILARITY_BINS),
-        ),  # unmasked negatives of a query
+        # Mean similarity of a query's 10 most similar negatives.
+        ("hardness", pa.float64()),
+        # Share of the in-batch negatives that are masked, for whatever reason.
+        ("masked_fraction", pa.float64()),
+        # Share of the in-batch negatives that are masked for the teacher's filter alone.
+        ("teacher_masked_fraction", pa.float64()),
+        # Positives of a query by similarity.
+        ("positive_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),
+        # Unmasked negatives of a query by similarity.
+        ("negative_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),
         ("learning_rate", pa.float64()),
         ("gradient_norm", pa.float64()),  # before clipping
-        ("skipped", pa.bool_()),  # the norm is not finite, so no weight changed
-        ("num_tokens", pa.int64()),  # of the global batch, padding left out
-        ("step_seconds", pa.float64()),  # rank 0's, as are its parts below
-        (
-            "mining_seconds",
-            pa.float64(),
-        ),  # mining or fetching neighbours, before the steps that need others
+        ("skipped", pa.bool_()),  # the gradient is not finite, so no weight changed
+        ("num_tokens", pa.int64()),  # tokens of the global batch, padding left out
+        # Rank 0's time for the step, and below for parts of it.
+        ("step_seconds", pa.float64()),
+        # Mining neighbors or fetching their table, before the first step that needs it.
+        ("mining_seconds", pa.float64()),
         ("data_seconds", pa.float64()),  # reading the batch
         ("forward_seconds", pa.float64()),  # encoding and the loss; with GradCache, its first pass
         ("backward_seconds", pa.float64()),  # with GradCache, its second pass, forward and backward
-        ("reduce_seconds", pa.float64()),  # reducing, and for ZeRO clipping, gradients
-        ("optimizer_seconds", pa.float64()),  # updating weights, and for ZeRO gathering them
+        ("reduce_seconds", pa.float64()),  # reducing gradients; with ZeRO, clipping them too
+        ("optimizer_seconds", pa.float64()),  # updating weights; with ZeRO, gathering them too
     ]
 )
 
@@ -114,15 +110,15 @@ TESTS = pa.schema(
     [
         ("step", pa.int64()),  # optimizer steps taken before the test
         ("task", pa.string()),
-        ("split", pa.string()),  # of the task; empty for MEAN
-        ("metric", pa.string()),  # by mteb's name, such as ndcg_at_10
+        ("split", pa.string()),  # the task's; empty for MEAN
+        ("metric", pa.string()),  # mteb's name of it, such as ndcg_at_10
         ("value", pa.float64()),
     ]
 )
 
 
 def neighbors_schema(width: int) -> pa.Schema:
-    """Of every row in leaf order the numbers of `width` others, nearest first: see
+    """For every row, in leaf order, the numbers of `width` others, nearest first: see
     clusterlib.batches.neighbors.
     """
     return pa.schema([("neighbors", pa.list_(pa.int64(), width))])
@@ -245,12 +241,11 @@ def validate_pairs(raw: pa.Table, source: str, max_chars: int) -> tuple[pa.Table
         refuse(length == -1, f"{name} is missing")
         refuse(length == 0, f"{name} is empty")
         refuse(length > max_chars, f"{name} is over {max_chars} characters")
+        # A NUL is one half of UTF-16 read as UTF-8, or binary data.
         nul = pc.match_substring(texts[name], "\0")
-        refuse(
-            pc.fill_null(nul, False).to_numpy(), f"{name} holds a NUL character"
-        )  # half of UTF-16, or binary data
+        refuse(pc.fill_null(nul, False).to_numpy(), f"{name} holds a NUL character")
     keep = pa.array([reason is None for reason in reasons], pa.bool_())
-    # What is kept is short enough for 32-bit offsets.
+    # Kept texts are short enough, at max_chars each, for the 32-bit offsets of a string column.
     query, passage, topic = (
         texts[name].filter(keep).cast(pa.string()).combine_chunks() for name in texts
     )

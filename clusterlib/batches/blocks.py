@@ -1,23 +1,19 @@
 """Strata, the blocks each is cut into, and what is done with the rows that are left over.
 
 A block is what strata give at once: a batch, or a part of one. Here rows are counted, not chosen: a
-    segment
-names places in a stratum's permutation, whatever rows a lap then puts there.
+segment names places in a stratum's permutation, whatever rows a lap then puts there.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from clusterlib.clusters.shards import ShardIndex
 from clusterlib.clusters.tree import Tree
-
-Leftover = Literal["drop", "merge", "source"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,9 @@ class Stratum:
     num_rows: int
 
 
+Strata = dict[str, list[Stratum]]  # of each source
+
+
 @dataclass(frozen=True)
 class Segment:
     """Places [start, stop) of a stratum's permutation."""
@@ -38,14 +37,17 @@ class Segment:
     stop: int
 
 
+Blocks = list[list[Segment]]
+
+
 @dataclass(frozen=True)
-class Source:
-    """The blocks of a source; with strategy random, those of all sources, under the name `all`.
+class SourceBlocks:
+    """The blocks of a source; where sources are mixed, those of all of them, under one name.
 
     Attributes:
-        strata: its own, in leaf order.
+        strata: the source's own, in leaf order.
         first_stratum: number of the first of them.
-        block_size: rows of a block.
+        block_rows: rows of a block.
         edges: int64 [S + 1]; its i-th stratum fills blocks [edges[i], edges[i + 1]) alone.
         mixed: the blocks made of leftovers, numbered after those.
     """
@@ -53,9 +55,9 @@ class Source:
     name: str
     strata: list[Stratum]
     first_stratum: int
-    block_size: int
+    block_rows: int
     edges: np.ndarray
-    mixed: list[list[Segment]]
+    mixed: Blocks
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +65,7 @@ class Source:
 
     @property
     def num_pure_blocks(self) -> int:
-        """Those of one stratum."""
+        """Blocks that are of one stratum."""
         return int(self.edges[-1])
 
     @property
@@ -75,83 +77,94 @@ class Source:
         if number >= self.num_pure_blocks:
             return self.mixed[number - self.num_pure_blocks]
         place = int(np.searchsorted(self.edges, number, side="right")) - 1
-        start = (number - int(self.edges[place])) * self.block_size
-        return [Segment(self.first_stratum + place, start, start + self.block_size)]
-
-
-def everything(index: ShardIndex) -> dict[str, list[Stratum]]:
-    """One stratum of all sources, named `all`."""
-    return {"all": [Stratum("all", 0, index.num_rows)]}
-
-
-def by_source(index: ShardIndex) -> dict[str, list[Stratum]]:
-    """Each source as one stratum."""
-    return {
-        source: [Stratum(source, int(starts[0]), int(starts[-1] - starts[0]))]
-        for source, starts in index.leaf_starts.items()
-    }
-
-
-def by_cluster(index: ShardIndex, k: int | None) -> dict[str, list[Stratum]]:
-    """The k clusters of each source; all its leaves by default, or if it has fewer (being too small
-    for more).
-    """
-    strata = {}
-    for source, starts in index.leaf_starts.items():
-        tree = index.trees[source]
-        nodes = tree.cut(min(k or tree.num_leaves, tree.num_leaves))
-        edges = [*starts[[node.first_leaf for node in nodes]].tolist(), int(starts[-1])]
-        strata[source] = [
-            Stratum(f"{source}/{place}", first, stop - first)
-            for place, (first, stop) in enumerate(itertools.pairwise(edges))
-        ]
-    return strata
+        start = (number - int(self.edges[place])) * self.block_rows
+        return [Segment(self.first_stratum + place, start, start + self.block_rows)]
 
 
 def cut_blocks(
-    index: ShardIndex, strata_by_source: Mapping[str, list[Stratum]], leftover: Leftover, size: int
-) -> list[Source]:
-    """The blocks of `size` rows of every source."""
+    index: ShardIndex, strata_by_source: Strata, leftover: str, block_rows: int
+) -> list[SourceBlocks]:
+    """The blocks of every source; `leftover` is a name in LEFTOVERS."""
+    make_mixed = LEFTOVERS[leftover].blocks
     sources = []
     first = 0
     for name, strata in strata_by_source.items():
-        counts = [stratum.num_rows // size for stratum in strata]
+        counts = [stratum.num_rows // block_rows for stratum in strata]
         rests = [
-            Segment(first + place, count * size, stratum.num_rows)
+            Segment(first + place, count * block_rows, stratum.num_rows)
             for place, (count, stratum) in enumerate(zip(counts, strata, strict=True))
         ]
-        mixed = _mixed(index.trees[name], leftover, rests, size) if len(strata) > 1 else []
-        sources.append(Source(name, strata, first, size, np.cumsum([0, *counts]), mixed))
+        mixed = make_mixed(index.trees[name], rests, block_rows) if len(strata) > 1 else []
+        edges = np.cumsum([0, *counts])
+        sources.append(SourceBlocks(name, strata, first, block_rows, edges, mixed))
         first += len(strata)
     return sources
 
 
-def _mixed(tree: Tree, leftover: Leftover, rests: list[Segment], size: int) -> list[list[Segment]]:
-    """Blocks made of what a source's strata leave over."""
-    if leftover == "drop":
-        return []
-    if leftover == "source":
-        return _fill(rests, size)[0]
+def drop(tree: Tree, rests: list[Segment], block_rows: int) -> Blocks:
+    """No blocks."""
+    return []
+
+
+def merge(tree: Tree, rests: list[Segment], block_rows: int) -> Blocks:
+    """Blocks of what is nearest along the tree."""
     blocks = []
     pools = {node.id: [rest] for node, rest in zip(tree.cut(len(rests)), rests, strict=True)}
     for left, right, joined in tree.merges_above(len(rests)):
-        full, pools[joined] = _fill(pools.pop(left) + pools.pop(right), size)
+        full, pools[joined] = fill(pools.pop(left) + pools.pop(right), block_rows)
         blocks += full
     return blocks
 
 
-def _fill(pool: list[Segment], size: int) -> tuple[list[list[Segment]], list[Segment]]:
-    """As many blocks as the pool fills, and the segments that remain."""
+def pool(tree: Tree, rests: list[Segment], block_rows: int) -> Blocks:
+    """Blocks of whatever the source has, in leaf order."""
+    return fill(rests, block_rows)[0]
+
+
+def fill(segments: list[Segment], block_rows: int) -> tuple[Blocks, list[Segment]]:
+    """As many blocks as segments fill, and what remains of them.
+
+    >>> blocks, rest = fill([Segment(0, 8, 11), Segment(1, 4, 6)], block_rows=4)
+    >>> blocks
+    [[Segment(stratum=0, start=8, stop=11), Segment(stratum=1, start=4, stop=5)]]
+    >>> rest
+    [Segment(stratum=1, start=5, stop=6)]
+    """
     blocks = []
     taken: list[Segment] = []
-    missing = size
-    for segment in pool:
+    missing = block_rows
+    for segment in segments:
         start = segment.start
         while segment.stop - start >= missing:
             blocks.append([*taken, Segment(segment.stratum, start, start + missing)])
             start += missing
-            taken, missing = [], size
+            taken, missing = [], block_rows
         if start < segment.stop:
             taken.append(Segment(segment.stratum, start, segment.stop))
             missing -= segment.stop - start
     return blocks, taken
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What becomes of the rows that fill no block of their stratum.
+
+    Attributes:
+        description: the same for people.
+        blocks: (the source's tree, what each of its strata leaves over, rows of a block) -> blocks.
+    """
+
+    description: str
+    blocks: Callable[[Tree, list[Segment], int], Blocks]
+
+
+LEFTOVERS = {
+    "drop": Leftover("they are dropped", drop),
+    "merge": Leftover("they join those of the nearest cluster along the tree", merge),
+    "source": Leftover("they join those of the whole source", pool),
+}
+
+if TYPE_CHECKING:
+    LeftoverName = str
+else:
+    LeftoverName = Literal[tuple(LEFTOVERS)]

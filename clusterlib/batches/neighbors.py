@@ -1,7 +1,7 @@
-"""Batches of mined neighbours: pairs whose passages are hard negatives of each other's queries,
+"""Batches of mined neighbors: pairs whose passages are hard negatives of each other's queries,
 side by side.
 
-A neighbour comes into the batch as a whole pair, so it is a hard negative of its seed, an example
+A neighbor comes into the batch as a whole pair, so it is a hard negative of its seed, an example
 of its own and an in-batch negative of all others, and a batch costs what any other costs (as in
 NGAME, arXiv 2207.04452, and GCBS, arXiv 2210.12874). What is near is mined by train.mine and may
 follow the student (ANCE, arXiv 2007.00808).
@@ -18,13 +18,13 @@ from pydantic import Field, model_validator
 from clusterlib.artifacts.config import Config
 from clusterlib.batches.permutation import mix
 
-NOBODY = -1  # fills a row of a table of neighbours that has fewer than the others
+NOBODY = -1  # fills a row of a table of neighbors that has fewer than the others
 
 
 class NeighborsConfig(Config):
     """What is mined for the batches of strategy neighbors, inside the k clusters of each source."""
 
-    per_seed: int = Field(3, ge=1, description="neighbours that each seed brings into its batch")
+    per_seed: int = Field(3, ge=1, description="neighbors that each seed brings into its batch")
     first_rank: int = Field(
         0,
         ge=0,
@@ -32,33 +32,31 @@ class NeighborsConfig(Config):
         "negative",
     )
     last_rank: int = Field(
-        16, ge=1, description="a seed's neighbours are drawn from those nearer than this rank"
+        16, ge=1, description="a seed's neighbors are drawn from those nearer than this rank"
     )
     margin: float = Field(
         0.05,
         ge=-2,
         le=2,
-        description="a passage is no neighbour if its similarity to the query is over the "
-        "positive's minus this "
-        "(TopK-MarginPos of NV-Retriever, arXiv 2407.15831)",
+        description="a passage is no neighbor if its similarity to the query is over the "
+        "positive's minus this (TopK-MarginPos of NV-Retriever, arXiv 2407.15831)",
     )
     duplicate_similarity: float = Field(
         0.95,
         ge=-1,
-        description="a passage is no neighbour if its similarity to the positive passage is this "
+        description="a passage is no neighbor if its similarity to the positive passage is this "
         "or more",
     )
     refresh_every_steps: int | None = Field(
         None,
         ge=1,
         description="mine again with the student's vectors after every so many steps of a phase; "
-        "its first steps, "
-        "and by default all, use the teacher's",
+        "its first steps, and by default all, use the teacher's",
     )
 
     @property
     def num_ranks(self) -> int:
-        """Neighbours kept of each row."""
+        """Neighbors kept of each row."""
         return self.last_rank - self.first_rank
 
     @model_validator(mode="after")
@@ -66,21 +64,25 @@ class NeighborsConfig(Config):
         if self.num_ranks < self.per_seed:
             raise ValueError(
                 f"first_rank={self.first_rank} and last_rank={self.last_rank} leave fewer "
-                f"neighbours than per_seed={self.per_seed}"
+                f"neighbors than per_seed={self.per_seed}"
             )
         return self
 
 
-def gather(
+def with_neighbors(
     seeds: np.ndarray, neighbors: np.ndarray, per_seed: int, key: Sequence[int]
 ) -> np.ndarray:
-    """Seeds and, for each, `per_seed` of its neighbours, drawn at random among those not there yet.
+    """Seeds and, for each, `per_seed` of its neighbors, drawn at random among those not there yet.
 
     Where a seed has too few, the others bring more; where all have, there are fewer rows.
 
+    >>> neighbors = np.array([[1, 2], [0, 3], [3, NOBODY], [2, 1]])
+    >>> with_neighbors(np.array([0, 2]), neighbors, per_seed=1, key=(7,)).tolist()
+    [0, 2, 1, 3]
+
     Args:
         seeds: int64 [s], distinct rows.
-        neighbors: int64 [rows, w], neighbours of every row, NOBODY where there are fewer.
+        neighbors: int64 [rows, w], neighbors of every row, NOBODY where there are fewer.
         key: what makes this draw differ from others.
 
     Returns:

@@ -5,10 +5,48 @@ of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 _ROUNDS = 6
+_FILLING = 2**32  # a phase has fewer sources and strata, so none of them counts up to here
+
+Key = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class PhaseKeys:
+    """Keys of all that is drawn at random in a phase, by what that is.
+
+    >>> keys = PhaseKeys(seed=0, phase=1, num_sources=3)
+    >>> keys.blocks(source=2, lap=5), keys.rows(stratum=0, lap=5)
+    ((0, 1, 5, 3), (0, 1, 5, 4))
+    """
+
+    seed: int
+    phase: int
+    num_sources: int
+
+    def batches(self, epoch: int) -> Key:
+        """The order of an epoch's batches."""
+        return self.seed, self.phase, epoch, 0
+
+    def blocks(self, source: int, lap: int) -> Key:
+        """The order of a source's blocks in a lap."""
+        return self.seed, self.phase, lap, 1 + source
+
+    def rows(self, stratum: int, lap: int) -> Key:
+        """The order of a stratum's rows in a lap."""
+        return self.seed, self.phase, lap, 1 + self.num_sources + stratum
+
+    def filling(self, source: int, count: int) -> Key:
+        """The rows that fill up batch `count` of a source, counted through all epochs."""
+        return self.seed, self.phase, count, _FILLING + source
+
+    def neighbors(self, epoch: int, index: int) -> Key:
+        """The neighbors that a batch's seeds bring: no permutation, so its key may be one's too."""
+        return self.seed, self.phase, epoch, index
 
 
 def permute(places: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
@@ -18,9 +56,14 @@ def permute(places: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
     value is in range (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains",
     doi:10.1007/3-540-45760-7_9).
 
+    >>> permute(np.arange(6), 6, key=(1, 2)).tolist()
+    [4, 0, 1, 5, 2, 3]
+    >>> permute(np.array([3]), 6, key=(1, 2)).tolist()
+    [5]
+
     Args:
         places: [n], values in range(size).
-        key: what makes this permutation differ from others, such as seed, epoch and stratum.
+        key: what makes this permutation differ from others, such as one of PhaseKeys.
 
     Returns:
         int64 [n], distinct for distinct places, values in range(size).

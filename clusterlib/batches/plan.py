@@ -5,11 +5,10 @@ number of strata, not rows, and batch i is had without batches 0..i-1, so a resu
 it stopped.
 
 A run is a list of phases. A phase shuffles the rows of every stratum and cuts them into *blocks*; a
-block is a batch, one of the equal parts of a batch with strategy `topic`, or with strategy
-`neighbors` the seeds of a batch, which bring their neighbours. A source goes through its blocks in
-*laps*: each lap shuffles rows and blocks anew and visits a row at most once. An epoch takes the
-next batches of every source's laps, in random order: a whole lap of each, unless weights or a cap
-ask for more or fewer.
+block is a batch or a part of one, as the strategy says (clusterlib.batches.strategies). A source
+goes through its blocks in *laps*: each lap shuffles rows and blocks anew and visits a row at most
+once. An epoch takes the next batches of every source's laps, in random order: a whole lap of each,
+unless weights or a cap ask for more or fewer.
 """
 
 from __future__ import annotations
@@ -19,29 +18,18 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from clusterlib.artifacts.config import Config
-from clusterlib.batches.blocks import (
-    Leftover,
-    Segment,
-    Stratum,
-    by_cluster,
-    by_source,
-    cut_blocks,
-    everything,
-)
-from clusterlib.batches.neighbors import NeighborsConfig, gather
-from clusterlib.batches.permutation import permute
+from clusterlib.batches.blocks import Segment, Strata, Stratum, cut_blocks
+from clusterlib.batches.neighbors import with_neighbors
+from clusterlib.batches.permutation import PhaseKeys, permute
+from clusterlib.batches.strategies import STRATEGIES, FillConfig, Strategy, StrategyName, by_cluster
 from clusterlib.clusters.shards import ShardIndex
 from clusterlib.errors import StrataError
-
-_FILLING = 2**32  # keys of permutations from here on are no source's or stratum's own
-
-Strategy = Literal["random", "source", "cluster", "topic", "neighbors"]
 
 
 class PhaseConfig(Config):
@@ -50,8 +38,12 @@ class PhaseConfig(Config):
     fraction: float = Field(
         ..., gt=0, le=1, description="share of the run's steps; those of all phases add up to 1"
     )
-    strategy: Strategy | None = Field(None, description="by default batching.strategy")
-    k: int | None = Field(None, ge=1, description="by default batching.k")
+    strategy: StrategyName | None = Field(
+        None, description="what fills its batches; by default batching.strategy says it"
+    )
+    k: int | None = Field(
+        None, ge=1, description="clusters per source; by default there are batching.k"
+    )
 
     def content(self) -> dict[str, Any]:
         content = super().content()
@@ -67,57 +59,32 @@ class PhaseConfig(Config):
     @property
     def has_clusters(self) -> bool:
         """Whether batches are made of clusters or mined in them, so that k matters."""
-        return self.strategy in ("cluster", "topic", "neighbors")
+        return self.strategy is not None and "k" in STRATEGIES[self.strategy].uses
 
 
-class BatchingConfig(Config):
-    """What fills a minibatch."""
+class BatchingConfig(FillConfig):
+    """What fills a batch, and how a run is made of batches."""
 
-    strategy: Strategy = Field(
-        "cluster",
-        description="random: all sources mixed; source: one source a batch; cluster: one cluster "
-        "of one "
-        "source a batch (arXiv 2407.18887); topic: equal parts of several clusters of one source, "
-        "drawn at random (TAS-B, arXiv 2104.06967); neighbors: pairs of one source, drawn at "
-        "random, each with mined neighbours of its cluster (see clusterlib.batches.neighbors)",
-    )
-    k: int | None = Field(
-        None,
-        ge=1,
-        description="clusters per source, up to cluster.num_leaves; by default every leaf is one",
-    )
-    global_batch_size: int = Field(..., ge=2, description="pairs a step, over all ranks")
-    clusters_per_batch: int = Field(
-        4, ge=2, description="parts of a batch of strategy topic, each of one cluster"
-    )
-    neighbors: NeighborsConfig = NeighborsConfig()
-    leftover: Leftover = Field(
-        "merge",
-        description="rows of a cluster that fill no batch (with topic: no part of one): drop them, "
-        "merge them "
-        "with those of the nearest cluster along the tree, or pool them per source; what then "
-        "fills no batch is dropped. Which rows these are changes every lap of the source",
-    )
     phases: list[PhaseConfig] = Field(
         [],
         description="a curriculum: parts of the run, in order, each with a strategy and k; by "
         "default one",
     )
-    source_weights: dict[str, float] = Field(
+    source_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         {},
         description="source -> how often an epoch visits its batches: 2 repeats each of its rows, "
-        "0.5 visits "
-        "half of them and leaves the others to the next epoch; by default 1",
+        "0.5 visits half of them and leaves the others to the next epoch; by default 1",
     )
     max_source_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
         description="share of an epoch's batches that no source may exceed, its weight applied; "
-        "what a source "
-        "has more is left to the next epochs",
+        "what a source has more is left to the next epochs",
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(
+        0, ge=0, description="another seed shuffles batches and rows anew; train.seed is the rest's"
+    )
 
     @field_validator("phases")
     @classmethod
@@ -129,57 +96,39 @@ class BatchingConfig(Config):
             )
         return phases
 
-    @field_validator("source_weights")
-    @classmethod
-    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
-        for source, weight in weights.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"{source} has weight {weight}; give a positive number")
-        return weights
-
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        strategies = {phase.strategy for phase in self.schedule()}
-        if "topic" in strategies and self.global_batch_size % self.clusters_per_batch:
-            raise ValueError(
-                f"clusters_per_batch={self.clusters_per_batch} does not divide "
-                f"global_batch_size={self.global_batch_size}; a topic batch has equal parts"
-            )
-        group = 1 + self.neighbors.per_seed
-        if "neighbors" in strategies and self.global_batch_size % group:
-            raise ValueError(
-                f"neighbors.per_seed={self.neighbors.per_seed} makes groups of {group} pairs, "
-                f"which do not divide global_batch_size={self.global_batch_size}"
-            )
-        if "random" in strategies and (self.source_weights or self.max_source_fraction):
-            raise ValueError(
-                "source_weights and max_source_fraction choose between batches of different "
-                "sources, and a random batch mixes all sources; use another strategy, or set "
-                "neither"
-            )
+        for name, strategy in self.strategies().items():
+            strategy.shape(self)
+            if strategy.mixes_sources and (self.source_weights or self.max_source_fraction):
+                raise ValueError(
+                    "source_weights and max_source_fraction choose between batches of different "
+                    f"sources, and a {name} batch mixes all sources; use another strategy, or set "
+                    "neither"
+                )
         return self
 
     def content(self) -> dict[str, Any]:
         """What the batches depend on: settings that no phase uses, or that say what is so by
         default, are left out.
         """
-        content, schedule = super().content(), self.schedule()
-        strategies = {phase.strategy for phase in schedule}
+        content = super().content()
         del content["strategy"], content["k"]
-        content["phases"] = [phase.content() for phase in schedule]
+        content["phases"] = [phase.content() for phase in self.schedule()]
+        used = {name for strategy in self.strategies().values() for name in strategy.uses}
+        for name in {name for strategy in STRATEGIES.values() for name in strategy.uses} - used:
+            content.pop(name, None)
         content["source_weights"] = {
             source: weight for source, weight in self.source_weights.items() if weight != 1
         }
         if self.max_source_fraction == 1:
             content["max_source_fraction"] = None
-        for name, users in (
-            ("clusters_per_batch", {"topic"}),
-            ("neighbors", {"neighbors"}),
-            ("leftover", {"cluster", "topic"}),
-        ):
-            if not strategies & users:
-                del content[name]
         return content
+
+    def strategies(self) -> dict[str, Strategy]:
+        """Those of all phases, by name."""
+        names = [str(phase.strategy) for phase in self.schedule()]
+        return {name: STRATEGIES[name] for name in names}
 
     def schedule(self) -> list[PhaseConfig]:
         """The phases, nothing left to default; one, of all steps, when none are set."""
@@ -198,7 +147,7 @@ class Batch:
     """One global minibatch.
 
     Attributes:
-        rows: int64 [B], numbers in leaf order, all different; with strategy neighbors, seeds first.
+        rows: int64 [B], numbers in leaf order, all different; those of blocks first.
         strata: numbers of the strata of its phase that the rows are from, each once.
         label: name of the stratum; `SOURCE/mixed` when there are several.
         phase: number of its phase.
@@ -214,7 +163,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Mining:
-    """When the neighbours that a step needs are mined, and how.
+    """When the neighbors that a step needs are mined, and how.
 
     Attributes:
         step: the step before which they are mined.
@@ -229,6 +178,17 @@ class Mining:
 
 class Plan:
     """The batches of a run.
+
+    >>> import pyarrow as pa
+    >>> from clusterlib.artifacts.tables import INDEX
+    >>> from clusterlib.clusters.tree import Tree
+    >>> leaves = {"source": ["faq"] * 4, "leaf": range(4), "file": [0] * 4, "row_group": [0] * 4,
+    ...           "first_row": range(0, 40, 10), "num_rows": [10] * 4}
+    >>> trees = {"faq": Tree(num_leaves=4, children=np.array([[2, 3], [0, 1], [5, 4]]))}
+    >>> index = ShardIndex(pa.table(leaves, schema=INDEX), trees)
+    >>> plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=10))
+    >>> [plan.step(step, num_steps=4).label for step in range(4)]
+    ['faq/0', 'faq/1', 'faq/0', 'faq/1']
 
     Raises:
         StrataError: `k` is larger than any tree, no stratum fills a batch, a weighted source is not
@@ -268,10 +228,10 @@ class Plan:
 
     def mining(self, step: int, num_steps: int) -> Mining | None:
         """What step `step` of a run of `num_steps` needs mined; None where its batch has no
-        neighbours.
+        neighbors.
         """
         phase, since = self._phase(step, num_steps)
-        if phase.settings.strategy != "neighbors":
+        if not phase.strategy.mines:
             return None
         since_mined = since % (self.config.neighbors.refresh_every_steps or num_steps)
         return Mining(step - since_mined, self.phases.index(phase), since_mined < since)
@@ -290,12 +250,11 @@ class Phase:
 
     Attributes:
         settings: its entry of `BatchingConfig.schedule`.
+        shape: of its batches.
         sources: in leaf order.
         strata: those of all sources, in leaf order.
-        searched: with strategy neighbors, the clusters that neighbours are mined in: all rows, in
+        searched: where the strategy mines, the clusters that neighbors are mined in: all rows, in
             leaf order.
-        visits_per_batch: rows of a batch that count as visited, all or with strategy neighbors the
-            seeds.
         lap_batches: of each source, batches that visit its rows once.
         epoch_batches: of each source, batches of an epoch.
         num_batches: of an epoch; the same for every epoch.
@@ -303,27 +262,21 @@ class Phase:
 
     def __init__(self, index: ShardIndex, config: BatchingConfig, number: int) -> None:
         self.settings = config.schedule()[number]
+        self.strategy = STRATEGIES[str(self.settings.strategy)]
+        self._config = config
         self._number = number
-        self._seed = config.seed
-        self._blocks_per_batch = (
-            config.clusters_per_batch if self.settings.strategy == "topic" else 1
-        )
-        self._size = self.visits_per_batch = config.global_batch_size
-        self._neighbors = config.neighbors
         _check_k(index, config, number)
-        self.searched: list[Stratum] = []
-        if self.settings.strategy == "neighbors":
-            self.searched = [
-                stratum
-                for strata in by_cluster(index, self.settings.k).values()
-                for stratum in strata
-            ]
-            self.visits_per_batch //= 1 + config.neighbors.per_seed
-        block_size = self.visits_per_batch // self._blocks_per_batch
-        self.sources = cut_blocks(index, _strata(index, self.settings), config.leftover, block_size)
-        self.strata = [stratum for source in self.sources for stratum in source.strata]
+        k = self.settings.k
+        self.shape = self.strategy.shape(config)
+        self.searched = _joined(by_cluster(index, k)) if self.strategy.mines else []
+        strata = self.strategy.strata(index, k)
+        self.strata = _joined(strata)
+        self.sources = cut_blocks(index, strata, config.leftover, self.shape.block_rows)
+        self._keys = PhaseKeys(config.seed, number, len(self.sources))
         self.lap_batches = [
-            source.num_blocks // self._blocks_per_batch if source.num_rows >= self._size else 0
+            source.num_blocks // self.shape.num_blocks
+            if source.num_rows >= config.global_batch_size
+            else 0
             for source in self.sources
         ]
         if not any(self.lap_batches):
@@ -334,62 +287,67 @@ class Phase:
                 f"with {largest.num_rows} rows; set a smaller batch, a smaller batching.k, or "
                 f"batching.leftover=merge (it is {config.leftover})"
             )
-        weights = [config.source_weights.get(source.name, 1) for source in self.sources]
         wanted = [
-            math.ceil(weight * lap) for weight, lap in zip(weights, self.lap_batches, strict=True)
+            math.ceil(config.source_weights.get(source.name, 1) * lap)
+            for source, lap in zip(self.sources, self.lap_batches, strict=True)
         ]
         self.epoch_batches = _cap(wanted, config.max_source_fraction)
-        self._first = np.cumsum(
-            [0, *self.epoch_batches]
-        )  # of each source among an epoch's batches, unshuffled
+        # Before an epoch's batches are shuffled, those of a source begin here.
+        self._first = np.cumsum([0, *self.epoch_batches])
         self.num_batches = int(self._first[-1])
 
     def batch(self, epoch: int, index: int, neighbors: np.ndarray | None = None) -> Batch:
         """Batch `index` of `epoch`.
 
         Args:
-            neighbors: int64 [rows, w], for strategy neighbors only, and needed there: see
-                `clusterlib.batches.neighbors.gather`. Where the seeds have too few, rows of their
-                source drawn at random fill the batch.
+            neighbors: int64 [rows, w], where the strategy mines, and needed there: see
+                `clusterlib.batches.neighbors.with_neighbors`.
         """
         if not 0 <= index < self.num_batches:
             raise IndexError(f"batch {index} of an epoch of {self.num_batches}")
-        place = int(self._permute(index, index + 1, self.num_batches, epoch, 0)[0])
+        place = int(permute(np.array([index]), self.num_batches, self._keys.batches(epoch))[0])
         number = int(np.searchsorted(self._first, place, side="right")) - 1
-        source, parts = self.sources[number], self._blocks_per_batch
+        source = self.sources[number]
         # A source's batches are counted on through all epochs, so its laps need not end with them.
         count = epoch * self.epoch_batches[number] + place - int(self._first[number])
         lap, place = divmod(count, self.lap_batches[number])
-        blocks = self._permute(
-            place * parts, (place + 1) * parts, source.num_blocks, lap, 1 + number
-        )
-        segments = [segment for block in blocks for segment in source.block(int(block))]
+        segments = self._segments(number, lap, place)
         rows = np.concatenate([self._rows(segment, lap) for segment in segments])
-        if self.settings.strategy == "neighbors":
+        if self.strategy.mines:
             if neighbors is None:
-                raise ValueError("a batch of strategy neighbors without a table of neighbours")
-            (stratum,) = source.strata
-            rows = gather(
-                rows, neighbors, self._neighbors.per_seed, (self._seed, self._number, epoch, index)
-            )
-            others = (
-                self._permute(0, self._size, stratum.num_rows, count, _FILLING + number)
-                + stratum.first_row
-            )
-            rows = np.concatenate([rows, others[~np.isin(others, rows)][: self._size - len(rows)]])
+                raise ValueError("a batch of mined neighbors without a table of neighbors")
+            key = self._keys.neighbors(epoch, index)
+            rows = with_neighbors(rows, neighbors, self._config.neighbors.per_seed, key)
+        rows = self._filled_up(rows, number, count)
         strata = tuple(dict.fromkeys(segment.stratum for segment in segments))
         label = self.strata[strata[0]].name if len(strata) == 1 else f"{source.name}/mixed"
         return Batch(rows, strata, label, self._number, epoch)
 
+    def _segments(self, number: int, lap: int, place: int) -> list[Segment]:
+        """What the blocks of batch `place` of a source's lap are made of."""
+        source, num_blocks = self.sources[number], self.shape.num_blocks
+        places = np.arange(place * num_blocks, (place + 1) * num_blocks)
+        blocks = permute(places, source.num_blocks, self._keys.blocks(number, lap))
+        return [segment for block in blocks.tolist() for segment in source.block(block)]
+
     def _rows(self, segment: Segment, lap: int) -> np.ndarray:
         stratum = self.strata[segment.stratum]
-        key = 1 + len(self.sources) + segment.stratum
-        return stratum.first_row + self._permute(
-            segment.start, segment.stop, stratum.num_rows, lap, key
-        )
+        places = np.arange(segment.start, segment.stop)
+        key = self._keys.rows(segment.stratum, lap)
+        return stratum.first_row + permute(places, stratum.num_rows, key)
 
-    def _permute(self, start: int, stop: int, size: int, turn: int, key: int) -> np.ndarray:
-        return permute(np.arange(start, stop), size, (self._seed, self._number, turn, key))
+    def _filled_up(self, rows: np.ndarray, number: int, count: int) -> np.ndarray:
+        """The rows and, where a batch has more, others of the source drawn at random."""
+        size, source = self._config.global_batch_size, self.sources[number]
+        if len(rows) == size:
+            return rows
+        drawn = permute(np.arange(size), source.num_rows, self._keys.filling(number, count))
+        others = source.strata[0].first_row + drawn
+        return np.concatenate([rows, others[~np.isin(others, rows)][: size - len(rows)]])
+
+
+def _joined(strata_by_source: Strata) -> list[Stratum]:
+    return [stratum for strata in strata_by_source.values() for stratum in strata]
 
 
 def _check_k(index: ShardIndex, config: BatchingConfig, number: int) -> None:
@@ -401,16 +359,6 @@ def _check_k(index: ShardIndex, config: BatchingConfig, number: int) -> None:
             f"{name}={settings.k} is larger than the {most} leaves there are; raise "
             "cluster.num_leaves"
         )
-
-
-def _strata(index: ShardIndex, settings: PhaseConfig) -> dict[str, list[Stratum]]:
-    if settings.strategy == "random":
-        return everything(index)
-    return (
-        by_cluster(index, settings.k)
-        if settings.strategy in ("cluster", "topic")
-        else by_source(index)
-    )
 
 
 def _cap(counts: Sequence[int], fraction: float | None) -> list[int]:

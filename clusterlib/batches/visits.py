@@ -12,8 +12,8 @@ from clusterlib.batches.plan import Phase, Plan
 
 @dataclass(frozen=True)
 class Visits:
-    """What the first epoch of a phase visits of a source, or of all of them; with neighbors, as
-    seeds.
+    """What the first epoch of a phase visits of a source, or of all of them, in blocks: rows that
+    others bring are no visits.
 
     Attributes:
         num_strata: strata that batches are drawn from.
@@ -21,7 +21,7 @@ class Visits:
             visits.
         coverage_fraction: rows visited, of all its rows; when there are several laps, in one of
             them.
-        pure_fraction: batches whose rows are of one stratum (with topic: parts of batches), of all.
+        pure_fraction: blocks (batches, or parts of them) that are of one stratum, of all.
         num_dropped_rows: rows that fill no batch; which ones changes every lap.
         num_repeated_rows: visits beyond the first lap, as the source's weight asks.
     """
@@ -64,7 +64,7 @@ def summarize(plan: Plan, num_steps: int) -> list[PhaseSummary]:
 
 
 def _visits(name: str, phase: Phase, numbers: Sequence[int]) -> Visits:
-    size = phase.visits_per_batch
+    size = phase.shape.num_blocks * phase.shape.block_rows
     sources = [phase.sources[number] for number in numbers]
     laps = np.array([phase.lap_batches[number] for number in numbers])
     batches = np.array([phase.epoch_batches[number] for number in numbers])

@@ -66,8 +66,8 @@ def fit(vectors: np.ndarray, k: int, num_iterations: int, seed: int, gpu: bool =
     if gpu and not getattr(faiss, "get_num_gpus", int)():
         raise StrataError(
             f"cluster.gpus_per_worker is more than 0, and this worker's node, {platform.node()}, "
-            "has no GPU that FAISS "
-            "can use; install 'strata[gpu]' there in a fresh environment, or set it to 0"
+            "has no GPU that FAISS can use; install 'strata[gpu]' there in a fresh environment, or "
+            "set it to 0"
         )
     num_vectors, width = vectors.shape
     if k > num_vectors:
@@ -124,8 +124,7 @@ def _faiss() -> Any:
     if len(found) != 1:
         raise StrataError(
             f"{' and '.join(found) or 'no FAISS'} installed: both own the same folder, so install "
-            "exactly one, "
-            "with pip install 'strata[cpu]' or 'strata[gpu]' in a fresh environment"
+            "exactly one, with pip install 'strata[cpu]' or 'strata[gpu]' in a fresh environment"
         )
     import faiss
 

@@ -1,11 +1,9 @@
 """Cluster shards: one block in, one Parquet file out, its row groups broken at cluster edges.
 
 The number of files is the number of blocks, whatever k is; nothing is shuffled. Rows are counted in
-*leaf
-order*: by source, then leaf, then block, then place in the block. A row's number in leaf order
-    depends on
-the input's order alone, not on how it was cut into blocks, and every cluster of every cut of the
-tree is one range of such numbers.
+*leaf order*: by source, then leaf, then block, then place in the block. A row's number in leaf
+order depends on the input's order alone, not on how it was cut into blocks, and every cluster of
+every cut of the tree is one range of such numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from clusterlib.artifacts.tables import INDEX
 from clusterlib.clusters.tree import Tree, from_table
 from clusterlib.errors import StrataError
 
-_ROW_GROUP_ROWS = 4096  # small neighbouring clusters share a row group up to this size
+_ROW_GROUP_ROWS = 4096  # clusters that follow each other share a row group up to this size
 
 
 def group(block: pa.Table, file: int) -> tuple[list[pa.Table], pa.Table]:

@@ -17,11 +17,10 @@ import pyarrow.compute as pc
 
 from clusterlib.artifacts.tables import TREE
 
-_REFINED_FRACTION = 4  # of the nodes of a level are the clusters refined next
-_MOST_SWEEPS = 20
-# rows whose products with all others are taken at once: enough for the processor, not the memory,
-# to limit
-_BLOCK = 64
+_NODES_PER_CLUSTER = 4  # a level of the tree merges so many nodes, on average, in each cluster
+_MOST_SWEEPS = 20  # a refinement that has not settled after so many passes over its nodes ends
+# One matrix product takes so many rows times all others: with fewer it would wait for the memory.
+_BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,10 @@ class Tree:
         """The k clusters left when only the cheapest merges are made, in leaf order.
 
         Cuts are nested: every cluster of a coarser cut is a union of clusters of a finer one.
+
+        >>> tree = Tree(num_leaves=4, children=np.array([[2, 3], [0, 1], [5, 4]]))
+        >>> [(node.first_leaf, node.num_leaves) for node in tree.cut(3)]
+        [(0, 1), (1, 1), (2, 2)]
 
         Raises:
             ValueError: k is not in 1..L.
@@ -129,7 +132,7 @@ def build(means: np.ndarray, sizes: np.ndarray) -> tuple[Tree, np.ndarray]:
     merges: list[_Merge] = []
     level = 0
     while len(nodes) > 1:
-        means, k = sums / sizes[:, None], max(1, len(nodes) // _REFINED_FRACTION)
+        means, k = sums / sizes[:, None], max(1, len(nodes) // _NODES_PER_CLUSTER)
         clusters = _refine(sums, _ward_cut(means, sizes, k))
         tops = []
         for cluster in range(k):
@@ -180,8 +183,8 @@ def _refine(sums: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     squares = (sums**2).sum(axis=1)
     for _ in range(_MOST_SWEEPS):
         num_moved = 0
-        for start in range(0, len(sums), _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, len(sums)))
+        for start in range(0, len(sums), _BLOCK_ROWS):
+            block = np.arange(start, min(start + _BLOCK_ROWS, len(sums)))
             homes, rows = clusters[block], block - start
             products = sums[block] @ totals.T
             gains = np.sqrt(lengths**2 + 2 * products + squares[block, None]) - lengths
@@ -192,8 +195,7 @@ def _refine(sums: np.ndarray, clusters: np.ndarray) -> np.ndarray:
             targets = gains.argmax(axis=1)
             for row in np.flatnonzero(targets != homes).tolist():
                 node, pair = start + row, [homes[row], targets[row]]
-                # Earlier moves of the block have changed the totals: measure this one by those of
-                # now.
+                # The gains are from before this block's first move: measure the move once more.
                 moved = totals[pair] + np.outer([-1, 1], sums[node])
                 lengths_after = np.linalg.norm(moved, axis=1)
                 if counts[pair[0]] == 1 or lengths_after.sum() <= lengths[pair].sum() * (1 + 1e-12):
@@ -234,27 +236,28 @@ def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, floa
     distances is kept.
     """
     num_nodes = len(means)
-    # One row for each cluster there is; `nearest` is the row of its nearest, or its own while that
-    # is not known.
+    # Row i of every array is a cluster still to be joined; nearest[i] is the row of the one that it
+    # is cheapest to join it with, at costs[i], or i itself while that is not known.
     names, nearest, costs = np.arange(num_nodes), np.arange(num_nodes), np.zeros(num_nodes)
     centers, weights = np.array(means, float), np.array(sizes, float)
     squares = (centers**2).sum(axis=1)
     while len(names) > 1:
         rows = np.arange(len(names))
         unknown = nearest == rows
-        # First those that others are nearest to, as a chain goes on, then small ones: they are near
-        # to everything, and while they are there, what larger ones seek would soon be gone.
+        # Clusters that are others' nearest seek first: a chain from nearest to nearest ends at a
+        # pair to join. Then small ones: to join with them costs least, so they are the nearest of
+        # many, and what a large cluster found before they are joined would be sought again.
         awaited = np.bincount(nearest[~unknown], minlength=len(rows)) > 0
-        block = np.lexsort((weights, ~awaited, ~unknown))[: min(_BLOCK, unknown.sum())]
+        block = np.lexsort((weights, ~awaited, ~unknown))[: min(_BLOCK_ROWS, unknown.sum())]
         gaps = np.maximum(squares - 2 * (centers[block] @ centers.T) + squares[block, None], 0)
         growth = weights / (weights + weights[block, None]) * weights[block, None] * gaps
         growth[np.arange(len(block)), block] = np.inf
         nearest[block], costs[block] = growth.argmin(axis=1), growth.min(axis=1)
 
         left = np.flatnonzero((nearest[nearest] == rows) & (rows < nearest))
-        if (
-            not len(left) and (nearest != rows).all()
-        ):  # a circle of costs that are equal but for rounding
+        # Costs that are equal but for rounding can make a circle of clusters, no two of which are
+        # each other's nearest.
+        if not len(left) and (nearest != rows).all():
             left = np.array([costs.argmin()])
         right = nearest[left]
         yield from zip(
@@ -264,7 +267,8 @@ def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, floa
         joined[left] = joined[right] = True
         union = rows.copy()
         union[right] = left
-        # What lies at the same point as one half lies at the other's too, and so at the union's.
+        # A cluster whose nearest was joined seeks anew, unless their own cost is 0: both lie at one
+        # point then, so what its nearest was joined with does too, and so does the union.
         nearest = np.where(joined | (joined[nearest] & (costs > 0)), rows, union[nearest])
         names[left] = np.arange(num_nodes, num_nodes + len(left))
         num_nodes += len(left)
@@ -274,7 +278,7 @@ def _ward(means: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int, floa
         squares[left] = (centers[left] ** 2).sum(axis=1)
         weights[left] = total
 
-        # The last rows take the places of those that are gone.
+        # Rows at the end of the arrays move to where joined clusters were.
         num_left = len(rows) - len(left)
         freed, moved = right[right < num_left], np.setdiff1d(rows[num_left:], right)
         place = rows.copy()
@@ -294,7 +298,7 @@ def _number(num_leaves: int, merges: Sequence[_Merge]) -> tuple[Tree, np.ndarray
     parents.
     """
     costs: list[float] = []
-    for merge in merges:  # guard the sort against rounding of near-equal costs
+    for merge in merges:  # rounding may have made a parent cheaper than its child by a little
         below = [child - num_leaves for child in (merge.left, merge.right) if child >= num_leaves]
         costs.append(
             max(

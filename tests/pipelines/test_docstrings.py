@@ -157,7 +157,7 @@ def install(folder, name, version, *files):
 
 def test_a_module_that_is_one_file_is_that_file(tmp_path, monkeypatch):
     install(tmp_path, "single-file", "3", "onefile.py")
-    install(tmp_path, "neighbour", "1", "neighbour/__init__.py")
+    install(tmp_path, "neighbor", "1", "neighbor/__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
     assert module_files("onefile") == [("onefile", tmp_path / "onefile.py")]
     assert package_version("onefile") == "single-file 3"

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterlib.batches.permutation import permute
+from clusterlib.batches.permutation import PhaseKeys, permute
 
 
 @settings(max_examples=80, deadline=None)
@@ -26,3 +26,16 @@ def test_permutation_looks_random_and_depends_on_its_key():
     )  # a random permutation has one fixed point
     # A billion rows: no table is made.
     assert len(set(permute(np.arange(1000), 10**9, (0,)).tolist())) == 1000
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 30))
+def test_no_two_permutations_share_a_key(num_sources, num_strata, num_turns):
+    found = []
+    for phase in range(2):
+        keys = PhaseKeys(3, phase, num_sources)
+        for turn in range(num_turns):
+            found.append(keys.batches(turn))
+            for source in range(num_sources):
+                found += [keys.blocks(source, turn), keys.filling(source, turn)]
+            found += [keys.rows(stratum, turn) for stratum in range(num_strata)]
+    assert len(found) == len(set(found))

@@ -60,7 +60,7 @@ def test_runs_tell_leaves_apart_and_break_row_groups_only_at_their_edges(monkeyp
         assert run["first_row"] + run["num_rows"] <= starts[run["row_group"] + 1]
         keys.append((run["source"], run["leaf"]))
     assert keys == sorted(set(keys))
-    # Small neighbours share a row group: 21 leaves of about 48 rows need about 1000 / 120 groups.
+    # Small leaves share a row group: 21 leaves of about 48 rows need about 1000 / 120 groups.
     assert len(groups) < 12
 
 
@@ -133,6 +133,6 @@ def test_reading_a_cluster_touches_only_its_row_groups(make_shards, tmp_path, mo
                 )
                 leaves = found["leaf"].to_pylist()
                 assert leaves == sorted(leaves) and found.num_rows == stop - start
-                # A run shares its row group with at most the 7 rows of smaller neighbours on either
+                # A run shares its row group with at most the 7 rows of smaller leaves on either
                 # side.
                 assert sum(read) <= found.num_rows + 16 * len(artifact.parts())
