@@ -1,5 +1,6 @@
 """The whole job, through the command line: to the end, again, and killed midway."""
 
+import doctest
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ from click.testing import CliRunner
 
 from clusterlib.artifacts.artifact import Root
 from clusterlib.batches.plan import Plan
-from clusterlib.clusters.shards import Shards
+from clusterlib.clusters.shards import Shards, read_range
 from clusterlib.errors import StrataError
 from pipelines.cli import main
+from pipelines.evaluate import mean_score
 from pipelines.recipe import load_recipe
 from pipelines.run import Run
 
@@ -546,3 +548,97 @@ def test_settings_of_a_source_change_that_source_alone(with_sources):
 def test_settings_that_cannot_differ_by_source_are_refused(with_sources, sources, message):
     with pytest.raises(StrataError, match=re.escape(message)):
         with_sources("ab", sources=sources)
+
+
+def substituted(text, recipe, root):
+    """An example of a document, on the tests' recipe and its finished run."""
+    for said, here in (
+        ('"demo"', repr(str(recipe))),
+        ('"runs"', repr(root.uri)),
+        ('"numpy"', '"jsonl"'),
+        ('"train.steps": 400', '"train.steps": 12'),
+    ):
+        text = text.replace(said, here)
+    return text
+
+
+def test_the_example_of_a_run_in_python_runs(finished, recipe):
+    root, _, _ = finished
+    before = {artifact.name for artifact in root.artifacts()}
+    names = {"Run": Run}
+    examples = doctest.DocTestParser().get_examples(Run.__doc__)
+    exec(substituted("".join(example.source for example in examples), recipe, root), names)
+    assert {artifact.name for artifact in root.artifacts()} == before  # all was found
+    assert list(names["numpy"].columns[:2]) == ["pair_id", "source"]
+    assert len(names["labels"]) == 12 and set(names["labels"]) <= {
+        "jsonl/0",
+        "jsonl/1",
+        "jsonl/mixed",
+    }
+    assert names["first"].column_names == ["source", "query", "passage"]
+    assert len(names["losses"]) == 12
+    frame = names["ndcg"]
+    assert list(frame.index) == ["teacher", "random", "cluster"]
+    scores = names["run"].scores()["cluster"]
+    assert frame.loc["cluster"][("mean", "")] == mean_score(scores, "ndcg_at_10")
+
+
+def test_the_readmes_python_runs(finished, recipe):
+    root, _, _ = finished
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```",
+        Path(__file__).parents[2].joinpath("README.md").read_text(),
+        re.M | re.S,
+    )
+    exec(substituted(code, recipe, root), {})
+
+
+def test_texts_are_those_of_the_batchs_rows(finished, recipe):
+    root, _, _ = finished
+    arm = Run.open(str(recipe), root=root.uri).arms["random"]
+    batch = next(arm.batches())
+    every = read_range(arm.shards, 0, arm.plan.num_rows, ["pair_id"])["pair_id"].to_pylist()
+    pairs = {row["pair_id"]: row for row in arm.tables("pairs")["jsonl"].to_pylist()}
+    wanted = [pairs[every[row]] for row in batch.rows]
+    assert arm.texts(batch).to_pylist() == [
+        {name: row[name] for name in ("source", "query", "passage")} for row in wanted
+    ]
+
+
+def test_what_is_not_there_is_said(finished, recipe):
+    root, _, _ = finished
+    run = Run.open(
+        str(recipe),
+        {
+            "batching.strategy": "neighbors",
+            "batching.neighbors.per_seed": 1,
+            "shard.teacher_vectors": True,
+            "arms": {},
+        },
+        root=root.uri,
+    )
+    (arm,) = run.arms.values()
+    for call, said in (
+        (lambda: run.run_to("fly"), "no such stage; there are ingest"),
+        (lambda: arm.tables("words"), "no such kind; there are pairs"),
+        (lambda: run.score_frame("f1"), "no such metric; there are ndcg_at_10"),
+        (lambda: arm.tables("shards"), "are not finished"),
+    ):
+        with pytest.raises(StrataError, match=said):
+            call()
+
+
+def test_mined_batches_are_not_told_before_they_are_mined(finished, recipe):
+    root, _, _ = finished
+    arm = Run.open(str(recipe), root=root.uri).arms["random"]
+    assert arm.shards.artifacts  # found by the settings they were made with
+    arm.config = arm.config.with_overrides(
+        {
+            "batching.strategy": "neighbors",
+            "batching.neighbors.per_seed": 1,
+            "shard.teacher_vectors": True,
+        },
+        "test",
+    )
+    with pytest.raises(StrataError, match="random: step 0 has mined neighbors"):
+        next(arm.batches())
