@@ -16,7 +16,7 @@ def test_without_a_manifest_there_is_no_artifact(things, tmp_path):
     made.commit("0", Receipt([made.write("things", "0", things.schema, [things.table(0, 3)])], 3))
     assert made.root.find(made.spec) is None
     assert made.root.artifacts() == []
-    with pytest.raises(StrataError, match="no finished artifact there; run it"):
+    with pytest.raises(StrataError, match="no finished things there; run the stage"):
         made.root.open(made.spec)
 
 
