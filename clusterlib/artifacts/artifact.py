@@ -147,10 +147,10 @@ class Root:
         """
         found = self.find(spec)
         if found is None:
+            whose = f" of {spec.label}" if spec.label else ""
             raise StrataError(
-                f"{self.path}/{spec.name}: the {spec.kind} of {spec.label} are not finished; run "
-                "the "
-                "stage that makes them first, with the same recipe and settings"
+                f"{self.path}/{spec.name}: no finished {spec.kind}{whose} there; run the stage that "
+                "makes them first, with the same recipe and settings"
             )
         return found
 

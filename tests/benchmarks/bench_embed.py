@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
-from clusterlib.artifacts.artifact import Artifact, Root
-from pipelines.embed import EmbedConfig, embed
-from pipelines.ingest import IngestConfig, ingest
+from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from pipelines import embed, ingest
+from pipelines.embed import EmbedConfig, embeddings_spec
+from pipelines.ingest import IngestConfig, pairs_spec
 from pipelines.session import ray_session
 from pipelines.sources import InputConfig
+from pipelines.stage import find_or_make
 from train.model import ModelRef
 
 SOURCES = ("oewn", "medquad")  # median words of a passage: 25 and 132
@@ -57,7 +59,9 @@ def main() -> None:
             texts = [*sides["query"], *sides["passage"]]
             runs: dict[str, list[float]] = defaultdict(list)
             for number in range(arguments.rounds):
-                made = run(teacher, pairs, Root(f"{folder}/{source}-{number}"))
+                root = Root(f"{folder}/{source}-{number}")
+                find_or_make(ingest.STAGE, [pairs], root)
+                made = run(teacher, pairs, num_rows, root)
                 runs["strata"].append(rate(made, cores))
                 for batch_size in arguments.batch_sizes:
                     runs[f"encode, {batch_size} a batch"].append(encode(model, texts, batch_size))
@@ -84,21 +88,19 @@ def main() -> None:
     print(f"RESULT bench_embed ratio={worst:.3f}")
 
 
-def write_pairs(table: pa.Table, source: str, folder: str) -> Artifact:
+def write_pairs(table: pa.Table, source: str, folder: str) -> Spec:
     """Pairs of texts that do not repeat, so that neither side gains by embedding a text once."""
     path = f"{folder}/{source}.parquet"
     pq.write_table(table, path)
     inputs = [InputConfig(source=source, format="parquet", path=path)]
-    pairs = ingest(IngestConfig(inputs=inputs), Root(f"{folder}/pairs"))
-    assert pairs.num_rows == table.num_rows
-    return pairs
+    return pairs_spec(IngestConfig(inputs=inputs), inputs)
 
 
-def run(teacher: ModelRef, pairs: Artifact, root: Root) -> Artifact:
-    config = EmbedConfig(
-        teacher=teacher, max_tokens=MAX_TOKENS, task_rows=-(-pairs.num_rows // TASKS)
-    )
-    return embed(config, pairs, root)
+def run(teacher: ModelRef, pairs: Spec, num_rows: int, root: Root) -> Artifact:
+    config = EmbedConfig(teacher=teacher, max_tokens=MAX_TOKENS, task_rows=-(-num_rows // TASKS))
+    (made,) = find_or_make(embed.STAGE, [embeddings_spec(config, pairs)], root)
+    assert made.num_rows == num_rows
+    return made
 
 
 def rate(made: Artifact, num_workers: int) -> float:

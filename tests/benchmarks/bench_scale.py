@@ -11,7 +11,7 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import command
@@ -24,9 +24,11 @@ from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.batches.permutation import mix
-from pipelines.cluster import ClusterConfig, cluster
+from pipelines import cluster, shard
+from pipelines.cluster import ClusterConfig, centroids_spec
 from pipelines.session import ray_session
-from pipelines.shard import ShardConfig, shard
+from pipelines.shard import ShardConfig, shards_spec
+from pipelines.stage import Stage, find_or_make
 from train.model import TokenizerRef
 
 SOURCES = {"forum": 0.1, "news": 0.2, "papers": 0.3, "web": 0.4}  # share of the rows
@@ -53,15 +55,16 @@ def main() -> None:
     print(f"{'stage':<10} {'seconds':>8} {'rows/s':>10} {'files':>7} {'MiB':>7} {'peak MiB':>9}")
     total_seconds, peak_bytes = 0.0, 0
 
-    def timed(stage: Callable[[], Artifact]) -> Artifact:
+    def timed(stage: Stage, specs: list[Spec]) -> list[Artifact]:
         nonlocal total_seconds, peak_bytes
         with PeakMemory(seconds_between=1) as memory:
             started = time.perf_counter()
-            made = stage()
+            made = find_or_make(stage, specs, root)
             seconds = time.perf_counter() - started
-        sizes = [path.stat().st_size for path in Path(made.path).rglob("*") if path.is_file()]
+        files = [path for artifact in made for path in Path(artifact.path).rglob("*")]
+        sizes = [path.stat().st_size for path in files if path.is_file()]
         print(
-            f"{made.kind:<10} {seconds:>8.1f} {num_rows / seconds:>10,.0f} {len(sizes):>7,} "
+            f"{stage.kind:<10} {seconds:>8.1f} {num_rows / seconds:>10,.0f} {len(sizes):>7,} "
             f"{sum(sizes) / 2**20:>7,.0f} {memory.peak_bytes / 2**20:>9,.0f}",
             flush=True,
         )
@@ -71,25 +74,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Root(folder)
         embeddings = write_embeddings(root, num_rows)
+        centroids = [centroids_spec(cluster_config, spec) for spec in embeddings]
+        shards = [shards_spec(shard_config, [], spec) for spec in centroids]
         with ray_session(None):
-            centroids = timed(lambda: cluster(cluster_config, embeddings, root))
-            shards = timed(lambda: shard(shard_config, [], embeddings, centroids, root))
-        assert shards.num_rows == num_rows
+            timed(cluster.STAGE, centroids)
+            made = timed(shard.STAGE, shards)
+        assert sum(artifact.num_rows for artifact in made) == num_rows
     print(
         f"RESULT bench_scale rows={num_rows} gib={peak_bytes / 2**30:.2f} "
         f"seconds={total_seconds:.0f}"
     )
 
 
-def write_embeddings(root: Root, num_rows: int) -> Artifact:
-    """A finished artifact such as `embed` makes."""
+def write_embeddings(root: Root, num_rows: int) -> list[Spec]:
+    """Finished artifacts such as `embed` makes, one of each source."""
     generator = np.random.default_rng(0)
-    draft = Draft(root, Spec("embeddings", 1, {"rows": num_rows}))
     counts = {source: int(num_rows * share) for source, share in SOURCES.items()}
     counts["web"] += num_rows - sum(counts.values())
     schema = embeddings_schema(WIDTH)
-    receipts, first_id = [], 0
+    specs, first_id = [], 0
     for source, count in counts.items():
+        specs.append(Spec("embeddings", 1, {"rows": count, "source": source}, label=source))
+        draft, receipts = Draft(root, specs[-1]), []
         topics = generator.standard_normal((TOPICS, WIDTH), np.float32)
         for first in range(0, count, PART_ROWS):
             size = min(PART_ROWS, count - first)
@@ -98,7 +104,8 @@ def write_embeddings(root: Root, num_rows: int) -> Artifact:
                 Receipt([draft.write("embeddings", f"{first_id:09d}", schema, groups)], size)
             )
             first_id += size
-    return draft.publish(receipts, {"num_rows_by_source": counts, "width": WIDTH})
+        draft.publish(receipts, {"width": WIDTH})
+    return specs
 
 
 def row_groups(

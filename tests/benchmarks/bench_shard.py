@@ -116,14 +116,14 @@ def warm_up() -> None:
 def by_shards(folder: Path, out: Path) -> None:
     from clusterlib.artifacts.artifact import Root, Spec
     from clusterlib.artifacts.draft import Draft
-    from pipelines.stage import Task, Workers, make
+    from pipelines.tasks import Job, Task, Workers, make
 
     draft = Draft(Root(str(out)), Spec("shards", 1, {}))
     tasks = [
         Task(path.stem, (file, path), path.name)
         for file, path in enumerate(sorted(folder.iterdir()))
     ]
-    make(draft, "shard", tasks, lambda: Grouper(draft), Workers(), draft.publish)
+    make("shard", [Job(draft, tasks, lambda: Grouper(draft), draft.publish)], Workers())
 
 
 class Grouper:

@@ -33,7 +33,7 @@ from tokens import open_store, write_shards
 
 from clusterlib.artifacts.artifact import Artifact, Root
 from clusterlib.batches.plan import BatchingConfig, Plan
-from train.data import shard_index
+from clusterlib.clusters.shards import Shards
 
 WARM_UP = 2  # the first steps compile
 TEMPERATURE = 0.05
@@ -82,7 +82,7 @@ def tokenized(options: argparse.Namespace) -> dict[str, list[list[int]]]:
 def planned(shards: Artifact, options: argparse.Namespace) -> Plan:
     """The batches of both sides."""
     return Plan(
-        shard_index(shards), BatchingConfig(strategy="random", global_batch_size=options.batch)
+        Shards([shards]).index, BatchingConfig(strategy="random", global_batch_size=options.batch)
     )
 
 

@@ -12,8 +12,9 @@ from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import INDEX, TREE, shards_schema
 from clusterlib.clusters import shards
+from clusterlib.clusters.shards import Shards
 from clusterlib.clusters.tree import build
-from train.data import TokenStore, cache_shards, shard_index
+from train.data import TokenStore, cache_shards
 
 _SOURCE = "pairs"
 
@@ -43,12 +44,12 @@ def write_shards(
         draft.write("index", "0", INDEX, [runs]),
         draft.write("tree", "0", TREE, [tree.to_table(_SOURCE, [1])]),
     ]
-    return draft.publish(
-        [Receipt(parts, len(query))], {"num_rows_by_source": {_SOURCE: len(query)}}
-    )
+    return draft.publish([Receipt(parts, len(query))])
 
 
 def open_store(made: Artifact, cache_dir: Path) -> TokenStore:
     return TokenStore(
-        cache_shards(made, cache_dir, teacher=False), shard_index(made), pad_token_id=0
+        cache_shards(Shards([made]), cache_dir, teacher=False),
+        Shards([made]).index,
+        pad_token_id=0,
     )

@@ -172,7 +172,7 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
 def test_plan_shows_what_each_arm_will_see(recipe, shards, tmp_path, monkeypatch):
     refused(
         strata("plan", recipe, "--root", tmp_path),
-        "the shards of jsonl are not finished; run the stage",
+        "no finished shards of jsonl there; run the stage",
     )
     made, rows = shards
     monkeypatch.setattr(Root, "open", lambda *_: made)

@@ -16,8 +16,8 @@ def test_without_a_manifest_there_is_no_artifact(things, tmp_path):
     made.commit("0", Receipt([made.write("things", "0", things.schema, [things.table(0, 3)])], 3))
     assert made.root.find(made.spec) is None
     assert made.root.artifacts() == []
-    with pytest.raises(StrataError, match="no finished artifact there; run it"):
-        made.root.open(made.spec.name, "run it")
+    with pytest.raises(StrataError, match="no finished things there; run the stage"):
+        made.root.open(made.spec)
 
 
 def test_published_artifact_reads_back_and_verifies(things, tmp_path):
@@ -53,10 +53,16 @@ def test_another_setting_version_or_input_makes_another_artifact():
         Spec("things", 1, {"a": 1}),
         Spec("things", 1, {"a": 2}),
         Spec("things", 2, {"a": 1}),
-        Spec("things", 1, {"a": 1}, {"pairs": "0"}),
+        Spec("things", 1, {"a": 1}, {"pairs": Spec("pairs", 1, {})}),
+        Spec("things", 1, {"a": 1}, {"pairs": Spec("pairs", 2, {})}),
         Spec("things", 1, {"a": 1}, {}, {"file": 5}),
     ]
     assert len({spec.fingerprint for spec in specs}) == len(specs)
+
+
+def test_a_label_makes_no_other_artifact():
+    labelled = Spec("things", 1, {"a": 1}, label="theirs")
+    assert labelled.fingerprint == Spec("things", 1, {"a": 1}).fingerprint
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: Path(path).write_bytes(b"PAR1")])
@@ -119,15 +125,15 @@ def test_other_file_systems_go_through_fsspec(things, tmp_path):
 
 def test_lineage_tells_what_is_gone(things, tmp_path):
     first = things.publish(tmp_path)
-    second = Draft(
-        first.root, Spec("other", 1, {}, {"things": first.fingerprint, "model.a": "0123"})
-    ).publish([])
+    gone = Spec("model", 1, {})
+    inputs = {"things": Spec("things", 1, {}), "model.a": gone}
+    second = Draft(first.root, Spec("other", 1, {}, inputs)).publish([])
     assert [(depth, name) for depth, name, _ in lineage(second)] == [
         (0, second.name),
         (1, first.name),
-        (1, "model/0123"),
+        (1, gone.name),
     ]
     assert (
         json.loads((Path(second.path) / "manifest.json").read_text())["inputs"]["things"]
-        == first.fingerprint
+        == first.name
     )

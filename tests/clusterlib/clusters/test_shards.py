@@ -4,7 +4,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clusterlib.clusters import shards
-from clusterlib.clusters.shards import ShardIndex, group, read_range
+from clusterlib.clusters.shards import ShardIndex, Shards, group, read_range
 from clusterlib.clusters.tree import build, from_table
 
 
@@ -122,7 +122,7 @@ def test_reading_a_cluster_touches_only_its_row_groups(make_shards, tmp_path, mo
                     int(starts[node.first_leaf]),
                     int(starts[node.first_leaf + node.num_leaves]),
                 )
-                found = read_range(artifact, index, start, stop, ["pair_id", "source", "leaf"])
+                found = read_range(Shards([artifact]), start, stop, ["pair_id", "source", "leaf"])
                 leaves = pc.and_(
                     pc.greater_equal(table["leaf"], node.first_leaf),
                     pc.less(table["leaf"], node.first_leaf + node.num_leaves),
