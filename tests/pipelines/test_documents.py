@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
@@ -20,7 +21,11 @@ from pipelines.cli import main
 from pipelines.recipe import RunConfig, load_recipe
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "cluster_configs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ROOT / "pipelines" / "recipes" / "TRIED.md",
+    *sorted((ROOT / "cluster_configs").rglob("*.md")),
+]
 TEXTS = [path.read_text() for path in DOCUMENTS]
 SECTIONS = "|".join(
     name
@@ -115,6 +120,37 @@ def test_settings_that_documents_and_messages_name_are_there():
     )
     named |= set(re.findall(rf"({SETTING})=", sources))
     assert [name for name in sorted(named) if not is_setting(name)] == []
+
+
+def test_a_change_goes_to_a_file_and_a_test_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| `(.+?)` \| `(.+?)` \|$", text, re.M)
+    assert len(rows) == 20 and len({change for change, _, _ in rows}) == 20
+    paths = [path for _, *paths in rows for path in paths]
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
+def test_tables_that_take_an_entry_are_in_the_file_named():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"^\| [^|]+\(([A-Z]+)\) \| `(.+?)` \|", text, re.M)
+    assert len(found) == 3
+    for name, path in found:
+        assert re.search(rf"^{name}\b.* = ", (ROOT / path).read_text(), re.M), (name, path)
+
+
+def test_pictures_are_drawings_that_parse():
+    pictures = list((ROOT / "pipelines" / "pictures").iterdir())
+    assert pictures
+    for path in pictures:
+        root = ET.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("viewBox")
+        assert "prefers-color-scheme: dark" in path.read_text()
+
+
+def test_the_hook_runs_make_check():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repo["hooks"]
+    assert (repo["repo"], hook["entry"], hook["language"]) == ("local", "make check", "system")
 
 
 def test_paths_and_extras_that_documents_name_are_there():
