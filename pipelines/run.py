@@ -105,18 +105,20 @@ class Arm:
     def texts(self, batch: Batch) -> pa.Table:
         """The pairs of one of its batches, source, query and passage, in the batch's order.
 
-        All pair ids between the batch's first and last row in leaf order are read, and the pairs of
-        its sources: seconds for millions of rows.
+        Read are the pair ids between its first and last row in leaf order, and all pairs of its
+        sources, a row group at a time.
         """
         first, last = int(batch.rows.min()), int(batch.rows.max())
         rows = read_range(self.shards, first, last + 1, ["source", "pair_id"])
-        rows = rows.take(batch.rows - first)
-        return pa.concat_tables(
-            [
-                self._pairs(source, rows.filter(pc.equal(rows["source"], source))["pair_id"])
-                for source in pc.unique(rows["source"]).to_pylist()
-            ]
+        rows = rows.take(batch.rows - first).append_column(
+            "place", pa.array(range(len(batch.rows)))
         )
+        pieces = []
+        for source in pc.unique(rows["source"]).to_pylist():
+            of_source = rows.filter(pc.equal(rows["source"], source))
+            pairs = self._pairs(source, of_source["pair_id"])
+            pieces.append(pairs.append_column("place", of_source["place"]))
+        return pa.concat_tables(pieces).sort_by("place").drop_columns("place")
 
     def _pairs(self, source: str, ids: pa.ChunkedArray) -> pa.Table:
         """Pairs of a source by id, in that order."""

@@ -593,13 +593,24 @@ def test_the_readmes_python_runs(finished, recipe):
     exec(substituted(code, recipe, root), {})
 
 
-def test_texts_are_those_of_the_batchs_rows(finished, recipe):
-    root, _, _ = finished
-    arm = Run.open(str(recipe), root=root.uri).arms["random"]
+def test_texts_are_those_of_the_batchs_rows(recipe, pairs_file, ray_running, tmp_path):
+    half = {"source": "half", "format": "jsonl", "path": str(pairs_file), "fraction": 0.5}
+    run = Run.open(
+        str(recipe),
+        {"ingest.inputs": [{**half, "source": "all", "fraction": 1}, half]},
+        root=str(tmp_path),
+    )
+    assert [artifact.label for artifact in run.run_to("shard")] == ["all", "half"]
+    arm = run.arms["random"]
+    pairs = {
+        (row["source"], row["pair_id"]): row
+        for table in arm.tables("pairs").values()
+        for row in table.to_pylist()
+    }
+    every = read_range(arm.shards, 0, arm.plan.num_rows, ["source", "pair_id"]).to_pylist()
     batch = next(arm.batches())
-    every = read_range(arm.shards, 0, arm.plan.num_rows, ["pair_id"])["pair_id"].to_pylist()
-    pairs = {row["pair_id"]: row for row in arm.tables("pairs")["jsonl"].to_pylist()}
-    wanted = [pairs[every[row]] for row in batch.rows]
+    wanted = [pairs[every[row]["source"], every[row]["pair_id"]] for row in batch.rows]
+    assert {row["source"] for row in wanted} == {"all", "half"}
     assert arm.texts(batch).to_pylist() == [
         {name: row[name] for name in ("source", "query", "passage")} for row in wanted
     ]
