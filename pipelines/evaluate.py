@@ -25,7 +25,7 @@ from clusterlib.artifacts.tables import MEAN, SCORES
 from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
 from pipelines.sources import origin
 from pipelines.stage import fetch, told
-from train.launch import EXPORT
+from train.export import EXPORT
 from train.model import ModelRef
 
 # What mteb registers as its own, ranks a corpus and has neither weights nor a tokenizer to fetch.

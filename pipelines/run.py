@@ -25,9 +25,9 @@ from pipelines.files import absolute
 from pipelines.ingest import IngestConfig, ingest, pairs_spec
 from pipelines.report import report, report_spec
 from pipelines.shard import ShardConfig, shard, shards_spec
+from train.config import TrainConfig, teacher_settings
 from train.data import shard_index
-from train.launch import model_spec, teacher_settings, train
-from train.loop import TrainConfig
+from train.launch import model_spec, train
 from train.model import ModelRef
 from tune.search import Outcome, search
 from tune.space import TuneConfig, combinations

@@ -29,9 +29,8 @@ TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _IDS = ["query_id", "passage_id"]
 _TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
-_PAD_MULTIPLE = (
-    8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
-)
+# Of sequence lengths, so that they suit tensor cores (NVIDIA, "Matrix Multiplication Background").
+_PAD_MULTIPLE = 8
 
 
 class _Ragged:
@@ -112,6 +111,12 @@ def shard_index(shards: Artifact) -> ShardIndex:
     return ShardIndex(shards.read("index"), from_table(shards.read("tree")))
 
 
+def max_text_tokens(shards: Artifact) -> int:
+    """The most tokens that a text of the shards has."""
+    settings = shards.config["shard"]
+    return int(max(settings["query_max_tokens"], settings["passage_max_tokens"]))
+
+
 def load_tokenizer(shards: Artifact) -> Any:
     """The tokenizer that made the shards, which they carry, as the student shall have it: it pads
     on the right, as training does, with its end-of-text token where it has none to pad with, as
@@ -131,9 +136,8 @@ def load_tokenizer(shards: Artifact) -> Any:
         if tokenizer.eos_token is None:
             raise StrataError(
                 f"{shards.name}: its tokenizer has neither a padding nor an end-of-text token, so "
-                "texts of different "
-                "length cannot be batched; give shard.tokenizer's tokenizer_config.json a "
-                "pad_token that it knows"
+                "texts of different length cannot be batched; give shard.tokenizer's "
+                "tokenizer_config.json a pad_token that it knows"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -200,10 +204,9 @@ def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
     as many tokens.
 
     Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so
-        far: so two ranks
-    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992,
-    Asymptotic analysis of an algorithm for balanced parallel processor scheduling, SIAM J. Comput.
-    21.)
+    far: so two ranks never differ by more tokens than the longest and the shortest row do. ("RLPT"
+    in Tsai 1992, Asymptotic analysis of an algorithm for balanced parallel processor scheduling,
+    SIAM J. Comput. 21.)
 
     Args:
         lengths: int64 [B], tokens of each row.
@@ -265,8 +268,7 @@ class TokenStore:
         if len(rows) % num_ranks:
             raise StrataError(
                 f"a batch of {len(rows)} pairs cannot be shared out evenly over {num_ranks} ranks; "
-                "set "
-                "train.num_workers to a divisor of batching.global_batch_size"
+                "set train.num_workers to a divisor of batching.global_batch_size"
             )
         order, files, file_rows = self._in_file_order(rows)
         lengths = np.concatenate(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from clusterlib.artifacts.artifact import Artifact, Root
 from clusterlib.batches.plan import BatchingConfig
-from train.launch import Tests, train
-from train.loop import TrainConfig
+from train.config import TrainConfig
+from train.launch import train
+from train.learner import Tests
 
 
 @dataclasses.dataclass(frozen=True)

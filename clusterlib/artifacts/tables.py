@@ -50,51 +50,6 @@ INDEX = pa.schema(
     ]
 )
 
-SIMILARITY_BINS = 20  # of the histograms of similarities, from -1 to 1
-
-# One row for every optimizer step; epochs are counted in each phase, means are over the queries of
-# the global batch.
-STEPS = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("phase", pa.int64()),
-        ("epoch", pa.int64()),
-        ("stratum", pa.string()),
-        ("loss", pa.float64()),
-        (
-            "accuracy",
-            pa.float64(),
-        ),  # share of queries nearer to their positive than to any negative
-        ("positive_similarity", pa.float64()),
-        ("negative_similarity", pa.float64()),
-        ("hardness", pa.float64()),  # mean similarity of a query's 10 most similar negatives
-        ("masked_fraction", pa.float64()),  # of the in-batch negatives, for whatever reason
-        ("teacher_masked_fraction", pa.float64()),  # of them, by the teacher alone
-        (
-            "positive_histogram",
-            pa.list_(pa.float64(), SIMILARITY_BINS),
-        ),  # positives of a query by similarity
-        (
-            "negative_histogram",
-            pa.list_(pa.float64(), SIMILARITY_BINS),
-        ),  # unmasked negatives of a query
-        ("learning_rate", pa.float64()),
-        ("gradient_norm", pa.float64()),  # before clipping
-        ("skipped", pa.bool_()),  # the norm is not finite, so no weight changed
-        ("num_tokens", pa.int64()),  # of the global batch, padding left out
-        ("step_seconds", pa.float64()),  # rank 0's, as are its parts below
-        (
-            "mining_seconds",
-            pa.float64(),
-        ),  # mining or fetching neighbours, before the steps that need others
-        ("data_seconds", pa.float64()),  # reading the batch
-        ("forward_seconds", pa.float64()),  # encoding and the loss; with GradCache, its first pass
-        ("backward_seconds", pa.float64()),  # with GradCache, its second pass, forward and backward
-        ("reduce_seconds", pa.float64()),  # reducing, and for ZeRO clipping, gradients
-        ("optimizer_seconds", pa.float64()),  # updating weights, and for ZeRO gathering them
-    ]
-)
-
 MEAN = "mean"  # stands for a task, in SCORES and TESTS, where a value is the mean over the tasks
 
 SCORES = pa.schema(

@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerFast
 
 from train.data import TOKENIZER, load_tokenizer
 from train.export import export
-from train.model import StudentConfig, TokenizerRef, build_student
+from train.model import POOLINGS, StudentConfig, TokenizerRef, build_student
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
 TEXTS = ["rose tulip soil", "the piston and the valve", "wave " * 40]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_exported_model_gives_the_trainers_vectors(
     tmp_path, tokenizer_folder, architecture, pooling
 ):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.errors import StrataError
+from train.config import TrainConfig
 from train.launch import train, will_come_again
-from train.loop import TrainConfig
 
 
 @pytest.mark.parametrize(
