@@ -33,7 +33,7 @@ from pipelines.retrieval_tests import (
 from pipelines.sources import origin
 from pipelines.stage import Stage
 from pipelines.tasks import fetch, told
-from train.launch import EXPORT
+from train.export import EXPORT
 from train.model import ModelRef
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.files import absolute
 from pipelines.ingest import IngestConfig
 from pipelines.shard import ShardConfig
-from train.launch import teacher_settings
-from train.loop import TrainConfig
+from train.config import TrainConfig, teacher_settings
 from tune.space import TuneConfig
 
 _RECIPES = Path(__file__).parent / "recipes"

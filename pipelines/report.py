@@ -27,7 +27,8 @@ from clusterlib.clusters.tree import Node
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
 from pipelines.stage import Stage
-from train.loop import Progress
+from train.measures import MEASURES
+from train.progress import Progress
 
 if TYPE_CHECKING:
     from pipelines.recipe import RunConfig
@@ -302,13 +303,10 @@ def _curves(models: Mapping[str, Artifact]) -> list[tuple[str, str]]:
         title = "Mean NDCG@10 of the tests in the loop; a ring marks the weights that were kept"
         drawn.append((title, _svg(functools.partial(_draw_tests, tested, colors))))
     steps = {arm: model.read("steps") for arm, model in models.items()}
-    for column, title in (
-        ("loss", "Loss"),
-        ("accuracy", "In-batch accuracy"),
-        ("hardness", "Hardness: similarity of the 10 nearest negatives"),
-        ("positive_similarity", "Similarity of positives"),
-    ):
-        drawn.append((title, _svg(functools.partial(_draw_steps, steps, column, colors))))
+    for measure in MEASURES:
+        if measure.chart:
+            title = f"{measure.chart}: {measure.description}"
+            drawn.append((title, _svg(functools.partial(_draw_steps, steps, measure.name, colors))))
     return drawn
 
 

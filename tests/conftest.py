@@ -220,6 +220,7 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
         "passage_prompt": "",
         "query_max_tokens": 8,
         "passage_max_tokens": 24,
+        "teacher_vectors": bool(teacher_width),
     }
     draft = Draft(Root(str(root)), Spec("shards", 1, {"shard": {**config, "seed": seed}}))
     receipts = []
@@ -237,8 +238,7 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
         ),
         *draft.write_folder("tokenizer", tokenizer_folder),
     ]
-    counts = {source: sources.count(source) for source in ("a", "b")}
-    return draft.publish([*receipts, Receipt(extra)], {"num_rows_by_source": counts}), table
+    return draft.publish([*receipts, Receipt(extra)]), table
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from safetensors.torch import load_file, save_file
 
-from clusterlib.artifacts.tables import STEPS, TESTS
+from clusterlib.artifacts.tables import TESTS
+from train.config import TrainConfig
 from train.engine import Engine
-from train.loop import Progress, TrainConfig
+from train.measures import STEPS
+from train.progress import Progress
 
 _STATE = "state.safetensors"
 _STEPS = "steps.parquet"
@@ -29,7 +31,7 @@ _CHUNK = 2**24
 
 
 def save(folder: Path, engine: Engine, progress: Progress, config: TrainConfig, rank: int) -> None:
-    """Every rank calls it; rank 0 writes, the digests of the other files last."""
+    """Every rank calls it; rank 0 writes to the empty folder, the other files' digests last."""
     state = engine.state()
     if rank != 0:
         return
@@ -39,9 +41,9 @@ def save(folder: Path, engine: Engine, progress: Progress, config: TrainConfig, 
     save_file(progress.best, folder / _BEST)
     (folder / _CONFIG).write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     digests = {}
-    for name in (_STATE, _STEPS, _TESTS, _BEST, _CONFIG):
-        with (folder / name).open("rb") as stream:
-            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as stream:
+            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 

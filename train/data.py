@@ -28,9 +28,8 @@ TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _IDS = ["query_id", "passage_id"]
 _TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
-_PAD_MULTIPLE = (
-    8  # sequence lengths that suit tensor cores (NVIDIA, "Matrix Multiplication Background")
-)
+# Of sequence lengths, so that they suit tensor cores (NVIDIA, "Matrix Multiplication Background").
+_PAD_MULTIPLE = 8
 
 
 class _Ragged:
@@ -125,10 +124,8 @@ def load_tokenizer(shards: Shards) -> Any:
         if tokenizer.eos_token is None:
             raise StrataError(
                 f"{shards.artifacts[0].name}: its tokenizer has neither a padding nor an "
-                "end-of-text token, so "
-                "texts of different "
-                "length cannot be batched; give shard.tokenizer's tokenizer_config.json a "
-                "pad_token that it knows"
+                "end-of-text token, so texts of different length cannot be batched; give shard.tokenizer's "
+                "tokenizer_config.json a pad_token that it knows"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -201,10 +198,9 @@ def deal(lengths: np.ndarray, num_ranks: int) -> np.ndarray:
     as many tokens.
 
     Longest first, W rows at a time for W ranks, the longer the row the fewer tokens its rank has so
-        far: so two ranks
-    never differ by more tokens than the longest and the shortest row do. ("RLPT" in Tsai 1992,
-    Asymptotic analysis of an algorithm for balanced parallel processor scheduling, SIAM J. Comput.
-    21.)
+    far: so two ranks never differ by more tokens than the longest and the shortest row do. ("RLPT"
+    in Tsai 1992, Asymptotic analysis of an algorithm for balanced parallel processor scheduling,
+    SIAM J. Comput. 21.)
 
     Args:
         lengths: int64 [B], tokens of each row.
@@ -267,8 +263,7 @@ class TokenStore:
         if len(rows) % num_ranks:
             raise StrataError(
                 f"a batch of {len(rows)} pairs cannot be shared out evenly over {num_ranks} ranks; "
-                "set "
-                "train.num_workers to a divisor of batching.global_batch_size"
+                "set train.num_workers to a divisor of batching.global_batch_size"
             )
         order, files, file_rows = self._in_file_order(rows)
         lengths = np.concatenate(

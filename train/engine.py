@@ -1,67 +1,20 @@
-"""The DeepSpeed engine: optimizer, schedule, precision, gradient reduction and state."""
+"""The DeepSpeed engine: precision, gradient reduction, clipping, updates and state."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from clusterlib.artifacts.config import Config
 from train.clock import Clock
 from train.model import Encoder
+from train.optimizer import MOMENTS, OptimizerConfig, adamw, start_moments
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 _BUCKET_WEIGHTS = 50_000_000  # reduced at once: 200 MB, enough to fill any link
-
-
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); norms and biases do not decay."""
-
-    learning_rate: float = Field(..., gt=0, description="peak, after warmup")
-    schedule: Literal["linear", "cosine", "wsd"] = Field(
-        "linear",
-        description="how it falls, to 0 one step after the last; wsd stays at the peak and falls "
-        "linearly over the "
-        "last decay_fraction (warmup-stable-decay, arXiv 2404.06395)",
-    )
-    warmup_fraction: float = Field(
-        0.1, ge=0, lt=1, description="of the steps, rising linearly; the first is above 0"
-    )
-    decay_fraction: float = Field(0.1, gt=0, le=1, description="of the steps, for wsd")
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    max_gradient_norm: float = Field(
-        1.0, gt=0, description="longer gradients are scaled down to it"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("warmup_fraction and decay_fraction add up to more than 1")
-        return self
-
-    def rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of a step: a pure function, so a resumed run needs no schedule
-        state.
-        """
-        warmup = int(self.warmup_fraction * num_steps)
-        if step < warmup:
-            return (
-                self.learning_rate * (step + 1) / (warmup + 1)
-            )  # the first step learns too, as torchtitan's
-        falling = num_steps - warmup
-        if self.schedule == "wsd":
-            falling = min(falling, max(1, int(self.decay_fraction * num_steps)))
-        left = min(1.0, (num_steps - step) / falling)
-        return self.learning_rate * (
-            (1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left
-        )
 
 
 class Engine:
@@ -87,37 +40,11 @@ class Engine:
         self.device = next(model.parameters()).device
         deepspeed = _deepspeed(self.device)
         self.clock = Clock(self.device)
-        decayed = [weight for weight in model.parameters() if weight.ndim > 1]
-        plain = [weight for weight in model.parameters() if weight.ndim <= 1]
-        sizes = [weight.numel() for weight in model.parameters()]
-        # By default buckets take 2 GB whatever the student; smaller than a weight, that weight
-        # would go past them.
-        bucket_size = max(*sizes, min(sum(sizes), _BUCKET_WEIGHTS))
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=self.device.type == "cuda",
-        )
-        # Without ZeRO, DeepSpeed clips without telling the norm; so there torch clips, right before
-        # the update.
-        self._norm: float | None = None
+        self._optimizer = adamw(model, config)
         self._optimizer.register_step_pre_hook(lambda *_: self.clock.mark("reduce"))
+        self._norm: float | None = None
         if zero_stage == 0:
-
-            def clip(*_: Any) -> None:
-                self._norm = float(
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-                )
-                if not math.isfinite(self._norm):
-                    # AdamW passes over weights without a gradient; ZeRO leaves such an update out
-                    # by itself.
-                    self._optimizer.zero_grad(set_to_none=True)
-
-            self._optimizer.register_step_pre_hook(clip)
+            self._clip_before_updates(model, config.max_gradient_norm)
         self._optimizer.register_step_post_hook(lambda *_: self.clock.mark("optimizer"))
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -132,9 +59,7 @@ class Engine:
                 "zero_optimization": {
                     "stage": zero_stage,
                     "overlap_comm": False,
-                    "reduce_bucket_size": bucket_size,
-                    "allgather_bucket_size": bucket_size
-                    + bucket_size % 2,  # DeepSpeed wants it even
+                    **_bucket_sizes(model),
                 },
                 "zero_allow_untested_optimizer": True,
                 # Weights stay float32: what is exported is what was trained. ZeRO would reduce the
@@ -151,16 +76,24 @@ class Engine:
         )
         self.model: Encoder = self._engine.module
         self._zero = self._engine.optimizer if zero_stage else None
-        # AdamW's zeros, made now: DeepSpeed ties weights to moments after the first group's first
-        # update, and would not find the second's. Under ZeRO a group holds this rank's part of its
-        # weights, flat.
-        for group in self._optimizer.param_groups:
-            for weight in group["params"]:
-                num_updates = torch.zeros((), device=weight.device if group["fused"] else "cpu")
-                moments = {moment: torch.zeros_like(weight) for moment in _MOMENTS}
-                self._optimizer.state[weight] = {"step": num_updates, **moments}
+        # ZeRO ties weights to moments after the first update of the first parameter group alone, so
+        # those of the second must be there before. (A group now holds this rank's part of its
+        # weights, flat.)
+        start_moments(self._optimizer)
         if self._zero:
             self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _clip_before_updates(self, model: Encoder, max_norm: float) -> None:
+        """Without ZeRO, DeepSpeed clips and does not tell the norm; so there torch clips."""
+
+        def clip(*_: Any) -> None:
+            self._norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            if not math.isfinite(self._norm):
+                # AdamW passes over weights without a gradient; ZeRO leaves such an update out by
+                # itself.
+                self._optimizer.zero_grad(set_to_none=True)
+
+        self._optimizer.register_step_pre_hook(clip)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit vectors float32 [m, D]."""
@@ -175,8 +108,7 @@ class Engine:
 
         Returns:
             The gradient's norm before clipping, the same on all ranks. Where it is not finite, the
-            update was left
-            out: weights and moments are as they were.
+            update was left out: weights and moments are as they were.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -195,7 +127,7 @@ class Engine:
         state: dict[str, Tensor] = {}
         for name, weight in self.model.named_parameters():
             parts = {"weight": weight}
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 if self._zero:
                     parts[moment] = safe_get_full_optimizer_state(weight, moment)
                 else:
@@ -217,7 +149,7 @@ class Engine:
             values["step"].fill_(num_updates)
         for name, weight in self.model.named_parameters():
             weight.data.copy_(state[f"weight/{name}"])
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 value = state[f"{moment}/{name}"].to(weight.device)
                 if self._zero:
                     safe_set_full_optimizer_state(weight, value, moment)
@@ -227,9 +159,19 @@ class Engine:
             self._zero.refresh_fp32_params()
 
 
+def _bucket_sizes(model: Encoder) -> dict[str, int]:
+    """ZeRO's settings of how many weights it reduces and gathers at once; by default buckets take
+    2 GB whatever the student.
+    """
+    sizes = [weight.numel() for weight in model.parameters()]
+    # A weight larger than its bucket would go past it.
+    size = max(*sizes, min(sum(sizes), _BUCKET_WEIGHTS))
+    # DeepSpeed wants the second even.
+    return {"reduce_bucket_size": size, "allgather_bucket_size": size + size % 2}
+
+
 def _deepspeed(device: torch.device) -> Any:
-    # What was asked for, which need not be what DeepSpeed would find: Ray hides no GPU from ranks
-    # that have none.
+    # DeepSpeed would find a GPU by itself, and Ray hides none from ranks that were given none.
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed.ops
 

@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clusterlib.artifacts.config import Config
-from clusterlib.artifacts.tables import SIMILARITY_BINS
 from clusterlib.errors import StrataError
+from train.measures import LOSS, NUM_VALUES, Scores, totals
 
-_BLOCK_SCORES = (
-    2**20
-)  # scores in memory at once; float32, so 4 MiB for each of a few intermediate results
-_HARDEST = 10  # hardness is the mean similarity of this many most similar negatives
+# Scores in memory at once; float32, so 4 MiB for each of a few intermediate results.
+_BLOCK_SCORES = 2**20
 
 
 class LossConfig(Config):
@@ -44,18 +42,16 @@ class LossConfig(Config):
     matryoshka_dims: tuple[PositiveInt, ...] = Field(
         (),
         description="lengths of prefixes of the embedding that shall serve alone; the loss is the "
-        "mean over them and "
-        "the whole embedding (arXiv 2205.13147)",
+        "mean over them and the whole embedding (arXiv 2205.13147)",
     )
     teacher_margin: float | None = Field(
         None,
         ge=-2,
         le=2,
         description="a negative is masked if its teacher similarity to the query is at least the "
-        "positive's minus "
-        "this. 0 is CDE's rule (arXiv 2410.02525), which moves the bound up by a negative value; a "
-        "positive value is NV-Retriever's TopK-MarginPos (arXiv 2407.15831; 0.05 there). Needs "
-        "shard.teacher_vectors",
+        "positive's minus this. 0 is CDE's rule (arXiv 2410.02525), which moves the bound up by a "
+        "negative value; a positive value is NV-Retriever's TopK-MarginPos (arXiv 2407.15831; 0.05 "
+        "there). Needs shard.teacher_vectors",
     )
 
     def check_width(self, width: int) -> None:
@@ -110,9 +106,8 @@ def false_negatives(
     """Which pairings of a query with a passage must not count as negatives.
 
     By id: the passage equals the query's positive, or another pair joins the two. By the teacher:
-        see
-    `LossConfig.teacher_margin`. What a query and a passage are to each other does not depend on the
-    direction, so with `by_passage`, where rows are passages and columns queries, it is the same
+    see `LossConfig.teacher_margin`. What a query and a passage are to each other does not depend on
+    the direction, so with `by_passage`, where rows are passages and columns queries, it is the same
     pairings.
 
     Args:
@@ -123,9 +118,8 @@ def false_negatives(
         (own_query, own_passage), (all_query, all_passage) = own.teacher(), everyone.teacher()
         if by_passage:
             row_vectors, column_vectors = own_passage, all_query
-            of_positive = (all_query * all_passage).sum(
-                dim=1
-            )  # the bound is the query's, whatever the direction
+            # The bound is the query's, whatever the direction, so here it is each column's.
+            of_positive = (all_query * all_passage).sum(dim=1)
         else:
             row_vectors, column_vectors = own_query, all_passage
             of_positive = (own_query * own_passage).sum(dim=1, keepdim=True)
@@ -147,33 +141,11 @@ class LossOutput:
 
     Attributes:
         loss: scalar with a graph.
-        measures: float64 [M], without a graph; `as_record` names them.
+        measures: those of pairs, float64 [M], without a graph; see train.measures.by_name.
     """
 
     loss: Tensor
     measures: Tensor
-
-
-MEASURES = (
-    "loss",
-    "accuracy",
-    "positive_similarity",
-    "negative_similarity",
-    "hardness",
-    "masked_fraction",
-    "teacher_masked_fraction",
-)
-
-
-def as_record(measures: Tensor) -> dict[str, Any]:
-    """Measures under the names they have in the table STEPS, whose comments say what they are."""
-    values = measures.tolist()
-    scalars, histograms = values[: len(MEASURES)], values[len(MEASURES) :]
-    return {
-        **dict(zip(MEASURES, scalars, strict=True)),
-        "positive_histogram": histograms[:SIMILARITY_BINS],
-        "negative_histogram": histograms[SIMILARITY_BINS:],
-    }
 
 
 def contrast(
@@ -195,16 +167,12 @@ def contrast(
         first: the row of `everyone` where `own` begins.
     """
     positive = torch.arange(first, first + len(query), device=query.device)
-    directions = [(query, all_passage, false_negatives(own, everyone, config.teacher_margin))]
+    margin = config.teacher_margin
+    directions = [(query, all_passage, false_negatives(own, everyone, margin))]
     if config.bidirectional:
         assert all_query is not None
-        directions.append(
-            (
-                passage,
-                all_query,
-                false_negatives(own, everyone, config.teacher_margin, by_passage=True),
-            )
-        )
+        masks = false_negatives(own, everyone, margin, by_passage=True)
+        directions.append((passage, all_query, masks))
     whole = query.shape[1]
     outputs = [
         info_nce(_prefix(rows, width), _prefix(columns, width), positive, masks, config.temperature)
@@ -213,7 +181,7 @@ def contrast(
     ]
     loss = torch.stack([output.loss for output in outputs]).mean()
     measures = outputs[0].measures.clone()  # of queries against passages in full width
-    measures[0] = loss.detach()
+    measures[LOSS] = loss.detach()
     return LossOutput(loss, measures)
 
 
@@ -245,29 +213,24 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any, rows: Tensor, columns: Tensor, positive: Tensor, masks: Masks, temperature: float
     ) -> tuple[Tensor, Tensor]:
         of_rows, of_columns = torch.empty_like(rows), torch.zeros_like(columns)
-        sums = torch.zeros(
-            len(MEASURES) + 2 * SIMILARITY_BINS, dtype=torch.float64, device=rows.device
-        )
+        sums = torch.zeros(NUM_VALUES, dtype=torch.float64, device=rows.device)
         size = max(1, _BLOCK_SCORES // len(columns))
         for start in range(0, len(rows), size):
             block = slice(start, start + size)
-            similarity = rows[block] @ columns.T
-            by_id, by_teacher = masks(block)
-            at = positive[block, None]
-            excluded = (by_id | by_teacher).scatter_(1, at, False)
-            scores = (similarity / temperature).masked_fill_(excluded, -torch.inf)
-            normaliser = scores.logsumexp(dim=1, keepdim=True)
-            losses = normaliser - scores.gather(1, at)
-            gradient = scores.sub_(normaliser).exp_()
+            scores = _scores(
+                rows[block] @ columns.T, positive[block, None], masks(block), temperature
+            )
+            sums += totals(scores)
+            gradient = scores.log_probability.exp_()
+            at = scores.positive
             gradient.scatter_add_(1, at, gradient.new_full((1, 1), -1).expand_as(at))
             gradient /= temperature * len(rows)
             of_rows[block] = gradient @ columns
             of_columns.addmm_(gradient.T, rows[block])
-            sums += _measures(losses, similarity, at, excluded, by_teacher)
         measures = sums / len(rows)
         ctx.gradients = (of_rows, of_columns)
         ctx.mark_non_differentiable(measures)
-        return measures[0].to(rows.dtype), measures
+        return measures[LOSS].to(rows.dtype), measures
 
     @staticmethod
     @once_differentiable
@@ -277,46 +240,11 @@ class _InfoNCE(torch.autograd.Function):
         return of_rows.mul_(scale), of_columns.mul_(scale), None, None, None
 
 
-def _measures(
-    losses: Tensor, similarity: Tensor, at: Tensor, excluded: Tensor, by_teacher: Tensor
-) -> Tensor:
-    """Sums over a block's rows, float64 [M].
-
-    Args:
-        losses: [r, 1].
-        similarity: float32 [r, N]; it is overwritten.
-        at: int64 [r, 1], the positives' columns.
-        excluded: bool [r, N], masked columns without the positives; by_teacher: those of the
-            teacher, perhaps with the positive.
-    """
-    num_columns = similarity.shape[1]
-    of_positive = similarity.gather(1, at)
-    negatives = similarity.masked_fill_(excluded, -torch.inf).scatter_(1, at, -torch.inf)
-    num_excluded = excluded.sum(dim=1)
-    num_negatives = num_columns - 1 - num_excluded
-    hardest = negatives.topk(min(_HARDEST, num_columns), dim=1).values
-    num_hardest = num_negatives.clamp(max=_HARDEST)
-    by_teacher_alone = (by_teacher & excluded).sum()
-    histograms = [_histogram(of_positive), _histogram(negatives)]
-    correct = (of_positive > hardest[:, :1]).sum()
-    # Masked columns are -inf up to here, where sums need zeros.
-    mean_negative = negatives.masked_fill_(negatives.isinf(), 0).sum(dim=1) / num_negatives.clamp(
-        min=1
-    )
-    mean_hardest = hardest.masked_fill(hardest.isinf(), 0).sum(dim=1) / num_hardest.clamp(min=1)
-    scalars = [
-        losses.double().sum(),
-        correct,
-        of_positive.double().sum(),
-        mean_negative.double().sum(),
-        mean_hardest.double().sum(),
-        num_excluded.sum() / max(num_columns - 1, 1),
-        by_teacher_alone / max(num_columns - 1, 1),
-    ]
-    return torch.cat([torch.stack([scalar.double() for scalar in scalars]), *histograms])
-
-
-def _histogram(similarity: Tensor) -> Tensor:
-    """How many similarities lie in each of SIMILARITY_BINS equal bins from -1 to 1, with room for
-    rounding; infinite ones are ignored."""
-    return torch.histc(similarity.float(), SIMILARITY_BINS, min=-1.000001, max=1.000001).double()
+def _scores(
+    similarity: Tensor, positive: Tensor, masks: tuple[Tensor, Tensor], temperature: float
+) -> Scores:
+    by_id, by_teacher = masks
+    masked = (by_id | by_teacher).scatter_(1, positive, False)
+    logits = (similarity / temperature).masked_fill_(masked, -torch.inf)
+    log_probability = logits.sub_(logits.logsumexp(dim=1, keepdim=True))
+    return Scores(similarity, log_probability, positive, masked, by_teacher)

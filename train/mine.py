@@ -18,16 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from clusterlib.artifacts.artifact import Part
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import fixed_size_list, neighbors_schema, vectors
 from clusterlib.batches.blocks import Stratum
 from clusterlib.batches.neighbors import NOBODY, NeighborsConfig
 from clusterlib.batches.plan import Mining, Plan
 from clusterlib.errors import StrataError
+from train import ranks
 from train.data import TokenStore
 from train.engine import Engine
 
@@ -77,13 +76,11 @@ class Miner:
         path = self.cache_dir.expanduser() / f"{self.draft.spec.fingerprint}-{name}-{digest}.npy"
         if self.writes_cache:
             self._copy(receipt, path)
-        _wait()
+        ranks.wait()
         return np.load(path, mmap_mode="r")
 
     def _mine(self, mining: Mining, name: str) -> Receipt:
-        rank, num_ranks = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        rank, num_ranks = ranks.place()
         config = self.plan.config.neighbors
         clusters = share(self.plan.phases[mining.phase].searched, num_ranks)[rank]
         schema = neighbors_schema(config.num_ranks)
@@ -99,10 +96,7 @@ class Miner:
                 if cluster.num_rows
             ),
         )
-        parts: list[Part] = [part] * num_ranks
-        if num_ranks > 1:
-            dist.all_gather_object(parts, part)
-        receipt = Receipt(parts)
+        receipt = Receipt(ranks.from_all(part))
         if rank == 0:
             self.draft.commit(name, receipt)
         return receipt
@@ -213,8 +207,3 @@ def nearest(
         ]
         found[block, : chosen.shape[1]] = chosen
     return found
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

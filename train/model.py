@@ -7,8 +7,9 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,38 +24,13 @@ from clusterlib.errors import StrataError
 
 _PACKAGE = "package:"
 
-
 # What is in a model's folder and nobody reads: documentation, records of its training, weights in
 # other formats.
 _UNREAD = (
-    *(
-        "*.md",
-        "LICENSE*",
-        "*.png",
-        "*.jpg",
-        "*.jpeg",
-        "*.gif",
-        "*.svg",
-        "*.pdf",
-        ".*",
-        "*/.*",
-        "*.py",
-        "*.pyc",
-    ),
-    *("training_args*", "trainer_state.json", "checkpoint-*", "runs/*", "*.csv", "*.log"),
-    *(
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.pkl",
-        "*.h5",
-        "*.msgpack",
-        "*.ot",
-        "*.gguf",
-        "*.tflite",
-    ),
-    *("*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "coreml/*"),
+    *("*.md", "LICENSE*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", ".*", "*/.*"),
+    *("*.py", "*.pyc", "training_args*", "trainer_state.json", "checkpoint-*", "runs/*", "*.csv"),
+    *("*.log", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.gguf"),
+    *("*.tflite", "*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "coreml/*"),
 )
 
 
@@ -64,19 +40,17 @@ class ModelRef(Config):
     name: str = Field(
         ...,
         description="a local folder, a Hugging Face hub name, or package:MODULE/FOLDER for a model "
-        "that an "
-        "installed Python package carries",
+        "that an installed Python package carries",
     )
     revision: str | None = Field(
         None,
         description="commit, branch or tag of a hub model; by default the commit its main branch "
-        "is at when the run "
-        "starts. Pin a commit to repeat a result",
+        "is at when the run starts. Pin a commit to repeat a result",
     )
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="digest that model.safetensors (a tokenizer's tokenizer.json) must have",
+        description="SHA-256 that model.safetensors (a tokenizer's tokenizer.json) must have",
     )
 
     _read: ClassVar[tuple[str, ...]] = ("*",)
@@ -188,19 +162,13 @@ class ModelRef(Config):
     def _in_package(self) -> Path:
         module, _, inside = self.name.removeprefix(_PACKAGE).partition("/")
         top, *below = module.split(".")
-        try:  # of the first name alone: a name with dots would import what is before them
+        try:  # only `top` is looked for: a name with dots would import what is before them
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
-        places = spec.submodule_search_locations if spec else None
-        package = next(
-            (
-                folder
-                for folder in (Path(place, *below) for place in places or ())
-                if folder.is_dir()
-            ),
-            None,
-        )
+        places = (spec.submodule_search_locations if spec else None) or ()
+        folders = (Path(place, *below) for place in places)
+        package = next((folder for folder in folders if folder.is_dir()), None)
         if package is None:
             raise StrataError(
                 f"{self.name}: no Python package {module!r} with a folder of its own is installed"
@@ -218,15 +186,8 @@ class TokenizerRef(ModelRef):
     # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it
     # is.
     _read: ClassVar[tuple[str, ...]] = (
-        *(
-            "tokenizer*",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "vocab*",
-            "merges.txt",
-            "config.json",
-        ),
-        *("*.model", "*.spm", "*.tiktoken"),
+        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+        *("config.json", "*.model", "*.spm", "*.tiktoken"),
     )
     _needed: ClassVar[str] = "tokenizer.json"
     _stated: ClassVar[str] = "tokenizer.json"
@@ -269,6 +230,25 @@ def _check(path: Path, digest: str) -> None:
         ) from error
 
 
+def _cls(states: Tensor, mask: Tensor) -> Tensor:
+    return states[:, 0]
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.unsqueeze(-1).float()
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+# Token states float32 [b, T, D] under a mask int64 [b, T] -> vectors [b, D]; by the names that
+# sentence-transformers has, which reads them in exported models.
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cls": _cls, "mean": _mean}
+
+if TYPE_CHECKING:
+    PoolingName = str
+else:
+    PoolingName = Literal[tuple(POOLINGS)]
+
+
 class StudentConfig(Config):
     """The encoder that is trained."""
 
@@ -276,12 +256,9 @@ class StudentConfig(Config):
     architecture: dict[str, Any] | None = Field(
         None,
         description="start from random weights: a transformers configuration (model_type, "
-        "hidden_size, ...); "
-        "vocab_size and pad_token_id are the tokenizer's",
+        "hidden_size, ...); vocab_size and pad_token_id are the tokenizer's",
     )
-    pooling: Literal["cls", "mean"] = Field(
-        "mean", description="how token states become one vector"
-    )
+    pooling: PoolingName = Field("mean", description="how token states become one vector")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -293,7 +270,7 @@ class StudentConfig(Config):
 class Encoder(nn.Module):
     """Text to unit vectors: a transformers backbone, pooling, normalisation."""
 
-    def __init__(self, backbone: Any, pooling: Literal["cls", "mean"]) -> None:
+    def __init__(self, backbone: Any, pooling: PoolingName) -> None:
         super().__init__()
         drop_pooler(backbone)
         self.backbone = backbone
@@ -302,12 +279,7 @@ class Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit vectors float32 [b, D] of token ids int64 [b, T] under a mask int64 [b, T]."""
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.pooling == "cls":
-            pooled = states[:, 0].float()
-        else:
-            weights = attention_mask.unsqueeze(-1).float()
-            pooled = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
-        return F.normalize(pooled, dim=-1)
+        return F.normalize(POOLINGS[self.pooling](states.float(), attention_mask), dim=-1)
 
 
 def drop_pooler(backbone: Any) -> None:
@@ -344,8 +316,7 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
     if architecture.is_encoder_decoder:
         raise StrataError(
             f"train.student: {architecture.model_type} is an encoder with a decoder; take an "
-            "encoder or a decoder "
-            "alone, such as bert or qwen3"
+            "encoder or a decoder alone, such as bert or qwen3"
         )
     if getattr(architecture, "vocab_size", None) is None:
         raise StrataError(
@@ -360,8 +331,7 @@ def student_architecture(config: StudentConfig, tokenizer: Any, max_tokens: int)
     if positions is not None and positions < max_tokens:
         raise StrataError(
             f"train.student: it takes at most {positions} tokens and the shards hold up to "
-            f"{max_tokens}; lower "
-            "shard.query_max_tokens and shard.passage_max_tokens"
+            f"{max_tokens}; lower shard.query_max_tokens and shard.passage_max_tokens"
         )
     return architecture
 

@@ -11,13 +11,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clusterlib.errors import StrataError
 
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-
-_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 _PROJECT = "strata"  # where WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME name no other
 
 
@@ -50,28 +47,6 @@ class Tracker(Protocol):
     def close(self) -> None:
         """The run is finished."""
         ...
-
-
-def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Refuse trackers that could not start.
-
-    Raises:
-        StrataError: a tracker's package is not installed.
-    """
-    for name in names:
-        package = _PACKAGES[name]
-        if importlib.util.find_spec(package) is None:
-            raise StrataError(
-                f"train.trackers: {name} needs the package {package}, which is not installed; "
-                f"`pip install {package}` on every node, or leave {name} out"
-            )
-
-
-def start_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker]:
-    """Open the run in every tracker that is asked for."""
-    start: dict[str, Callable[[TrackedRun], Tracker]]
-    start = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
-    return [start[name](run) for name in names]
 
 
 class _TensorBoard:
@@ -141,6 +116,39 @@ class _MLflow:
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+# Name -> the Python package that it needs, and what starts it.
+TRACKERS: dict[str, tuple[str, Callable[[TrackedRun], Tracker]]] = {
+    "tensorboard": ("tensorboardX", _TensorBoard),
+    "wandb": ("wandb", _WandB),
+    "mlflow": ("mlflow", _MLflow),
+}
+
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(TRACKERS)]
+
+
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """Refuse trackers that could not start.
+
+    Raises:
+        StrataError: a tracker's package is not installed.
+    """
+    for name in names:
+        package = TRACKERS[name][0]
+        if importlib.util.find_spec(package) is None:
+            raise StrataError(
+                f"train.trackers: {name} needs the package {package}, which is not installed; "
+                f"`pip install {package}` on every node, or leave {name} out"
+            )
+
+
+def start_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker]:
+    """Open the run in every tracker that is asked for."""
+    return [TRACKERS[name][1](run) for name in names]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

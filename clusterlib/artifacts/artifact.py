@@ -149,8 +149,8 @@ class Root:
         if found is None:
             whose = f" of {spec.label}" if spec.label else ""
             raise StrataError(
-                f"{self.path}/{spec.name}: no finished {spec.kind}{whose} there; run the stage that "
-                "makes them first, with the same recipe and settings"
+                f"{self.path}/{spec.name}: no finished {spec.kind}{whose} there; run the stage "
+                "that makes them first, with the same recipe and settings"
             )
         return found
 

@@ -50,47 +50,6 @@ INDEX = pa.schema(
     ]
 )
 
-SIMILARITY_BINS = 20  # bins of a histogram of similarities, equal parts of -1 to 1
-
-# One row for every optimizer step; epochs are counted in each phase, means are over the queries of
-# the global batch.
-STEPS = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("phase", pa.int64()),
-        ("epoch", pa.int64()),
-        ("stratum", pa.string()),
-        ("loss", pa.float64()),
-        # Share of queries nearer to their positive than to any negative.
-        ("accuracy", pa.float64()),
-        ("positive_similarity", pa.float64()),
-        ("negative_similarity", pa.float64()),
-        # Mean similarity of a query's 10 most similar negatives.
-        ("hardness", pa.float64()),
-        # Share of the in-batch negatives that are masked, for whatever reason.
-        ("masked_fraction", pa.float64()),
-        # Share of the in-batch negatives that are masked for the teacher's filter alone.
-        ("teacher_masked_fraction", pa.float64()),
-        # Positives of a query by similarity.
-        ("positive_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),
-        # Unmasked negatives of a query by similarity.
-        ("negative_histogram", pa.list_(pa.float64(), SIMILARITY_BINS)),
-        ("learning_rate", pa.float64()),
-        ("gradient_norm", pa.float64()),  # before clipping
-        ("skipped", pa.bool_()),  # the gradient is not finite, so no weight changed
-        ("num_tokens", pa.int64()),  # tokens of the global batch, padding left out
-        # Rank 0's time for the step, and below for parts of it.
-        ("step_seconds", pa.float64()),
-        # Mining neighbors or fetching their table, before the first step that needs it.
-        ("mining_seconds", pa.float64()),
-        ("data_seconds", pa.float64()),  # reading the batch
-        ("forward_seconds", pa.float64()),  # encoding and the loss; with GradCache, its first pass
-        ("backward_seconds", pa.float64()),  # with GradCache, its second pass, forward and backward
-        ("reduce_seconds", pa.float64()),  # reducing gradients; with ZeRO, clipping them too
-        ("optimizer_seconds", pa.float64()),  # updating weights; with ZeRO, gathering them too
-    ]
-)
-
 MEAN = "mean"  # stands for a task, in SCORES and TESTS, where a value is the mean over the tasks
 
 SCORES = pa.schema(

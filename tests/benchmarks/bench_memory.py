@@ -29,7 +29,7 @@ QUERY_TOKENS, PASSAGE_TOKENS = 8, 16
 WIDTH = 128
 
 
-class Learner:
+class Student:
     """Torch alone: what an engine does on one rank, without its optimizer's memory."""
 
     def __init__(self, model: Encoder) -> None:
@@ -57,13 +57,13 @@ def student() -> Encoder:
 def peak(root: Root, batch: int) -> None:
     """Print this process's peak resident memory after one gradient, and before it, MiB."""
     torch.set_num_threads(1)
-    learner = Learner(student())
+    torch_student = Student(student())
     (shards,) = root.artifacts()
     store = open_store(shards, Path(root.path) / "cache")
 
     def step(num_rows: int) -> None:
         tokens = store.read(np.arange(num_rows), rank=0, num_ranks=1, micro_batch_size=MICRO_BATCH)
-        accumulate_gradient(learner, tokens, LossConfig())
+        accumulate_gradient(torch_student, tokens, LossConfig())
 
     step(MICRO_BATCH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

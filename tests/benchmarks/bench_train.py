@@ -109,10 +109,13 @@ def wait_for_turn() -> None:
 
 def ours(options: argparse.Namespace) -> None:
     """Take a step for each line on stdin; print its seconds and those spent on data."""
-    from train.engine import Engine, OptimizerConfig
-    from train.loop import Progress, TrainConfig, fit
+    from train.config import TrainConfig
+    from train.engine import Engine
+    from train.loop import fit
     from train.loss import LossConfig
     from train.model import Encoder
+    from train.optimizer import OptimizerConfig
+    from train.progress import Progress
 
     dist.init_process_group("gloo")
     tokens = tokenized(options)

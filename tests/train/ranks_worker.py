@@ -3,10 +3,11 @@
 Usage: ranks_worker.py SETTINGS.json; RANK, WORLD_SIZE and the like are in the environment.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,15 +16,11 @@ import torch.distributed as dist
 from clusterlib.artifacts.artifact import Root, Spec
 from clusterlib.artifacts.draft import Draft
 from clusterlib.artifacts.tables import MEAN
-from clusterlib.batches.plan import BatchingConfig, Plan
-from train import checkpoint
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
-from train.engine import Engine
-from train.export import export
+from clusterlib.batches.plan import BatchingConfig
+from clusterlib.clusters.shards import Shards
+from train.config import TrainConfig
 from train.gradcache import accumulate_gradient
-from train.loop import Progress, TrainConfig, fit
-from train.mine import Miner
-from train.model import build_student
+from train.learner import Learner, Run
 
 
 def weights(engine):
@@ -140,16 +137,108 @@ def break_step(engine, number, rank):
     engine.backward, engine.step = breaking, counting
 
 
-def score(model, tokenizer):
+class Tests:
     """A number that all weights of the exported model have a part in, found in a way that changes
-    all that a test in the loop could."""
-    from sentence_transformers import SentenceTransformer
+    all that a test in the loop could.
+    """
 
-    with tempfile.TemporaryDirectory() as folder:
-        export(model, tokenizer, Path(folder), {}, 24, "")
+    def __call__(self, model, device):
+        from sentence_transformers import SentenceTransformer
+
         torch.manual_seed(0)  # as mteb does
-        left, right = SentenceTransformer(folder, device="cpu").encode(["rose and tulip", "piston"])
-    return float(left @ right)
+        texts = ["rose and tulip", "piston"]
+        left, right = SentenceTransformer(str(model), device=device).encode(texts)
+        row = {"task": MEAN, "split": "", "metric": "ndcg_at_10"}
+        return [{**row, "value": float(left @ right)}]
+
+
+PROMPTS = {"query": "", "document": ""}
+
+
+class Folders:
+    """Surroundings without Ray: a folder for each checkpoint, and one that is given to begin
+    from.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder, load):
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.checkpoints = str(folder)
+        self._load = load
+
+    def latest_checkpoint(self):
+        return contextlib.nullcontext(self._load and Path(self._load))
+
+    def keep_checkpoint(self, folder, step):
+        if dist.get_rank() == 0:
+            shutil.copytree(folder, f"{self.checkpoints}/{step}")
+
+    def wait_for_all(self):
+        dist.barrier()
+
+
+def learner_of(settings, name, config, load=None, batching=None, like=""):
+    """The learner of a case or a run; one that is `like` another goes on in its draft."""
+    root = Root(settings["root"])
+    run = Run(
+        TrainConfig.model_validate({**config, "cache_dir": settings["cache"]}),
+        BatchingConfig.model_validate(batching or settings["batching"]),
+        Shards([root._open(settings["shards"])]),
+        Draft(root, Spec("model", 1, {"run": like or name, "prompts": PROMPTS})),
+        name,
+        Tests(),
+    )
+    return Learner(run, Folders(Path(settings["out"]) / name, load))
+
+
+def one_step(learner, reduced, broken):
+    """What a step finds, from the first batch of a run of one step."""
+    engine, config = learner.engine, learner.run.config
+    rank, num_ranks = learner.rank, learner.num_ranks
+    batch = learner.store.read(
+        learner.plan.step(0, 1).rows, rank, num_ranks, config.micro_batch_size
+    )
+    sizes = bucket_sizes(engine)
+    before = whole_state(engine)
+    broken_norm = break_gradient(engine, rank) if broken else None
+    after = whole_state(engine)
+    torch.manual_seed(0)
+    in_backward = count_in_backward(engine, reduced)
+    measures = accumulate_gradient(engine, batch, config.loss)
+    before_step = sum(reduced)
+    kept = keep_gradient(engine, reduced)
+    norm = engine.step(1e-3)
+    return {
+        "gradient": kept[1].float(),
+        "measures": measures,
+        "norm": norm,
+        "dtype": str(next(engine.model.parameters()).dtype),
+        "num_reduced": sum(in_backward) + kept[0] - before_step,
+        "num_parameters": len(kept[1]),
+        "bucket_bytes": max(sizes, default=0),
+        "broken": broken_norm,
+        "states": (before, after, whole_state(engine)),
+    }
+
+
+def whole_run(learner, synchronized, broken_step):
+    """What a run finds, from where it begins to its last step."""
+    engine, started_at = learner.engine, learner.progress.step
+    if broken_step >= started_at:
+        break_step(engine, broken_step - started_at, learner.rank)
+    synchronized.clear()
+    learner.fit()
+    return {
+        "weights": weights(engine),
+        "records": [
+            {key: value for key, value in record.items() if not key.endswith("_seconds")}
+            for record in learner.progress.records
+        ],
+        "started_at": started_at,
+        "tests": learner.progress.tests,
+        "num_synchronized": len(synchronized),
+    }
 
 
 def main():
@@ -159,102 +248,17 @@ def main():
     synchronized = count_synchronisations()
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    shards = Root(settings["root"]).open(settings["shards"], "make it")
-    tokenizer = load_tokenizer(shards)
-    index = shard_index(shards)
-    if rank == 0:
-        cache_shards(shards, Path(settings["cache"]), True)
-    dist.barrier()
-    store = TokenStore(
-        cache_shards(shards, Path(settings["cache"]), True), index, tokenizer.pad_token_id, True
-    )
-    plan = Plan(index, BatchingConfig(**settings["batching"]))
-
-    def build(config):
-        return Engine(
-            build_student(
-                config.student, tokenizer, 64, config.seed, config.gradient_checkpointing
-            ),
-            config.optimizer,
-            config.precision,
-            config.zero_stage,
-            plan.config.global_batch_size // num_ranks,
-        )
-
-    for name, case in settings["cases"].items():
-        config = TrainConfig.model_validate(case)
-        engine = build(config)
-        batch = store.read(plan.step(0, 1).rows, rank, num_ranks, config.micro_batch_size)
-        sizes = bucket_sizes(engine)
-        before = whole_state(engine)
-        broken = break_gradient(engine, rank) if name.startswith("broken") else None
-        after = whole_state(engine)
-        torch.manual_seed(0)
-        in_backward = count_in_backward(engine, reduced)
-        measures = accumulate_gradient(engine, batch, config.loss)
-        before_step = sum(reduced)
-        kept = keep_gradient(engine, reduced)
-        norm = engine.step(1e-3)
-        found = {
-            "gradient": kept[1].float(),
-            "measures": measures,
-            "norm": norm,
-            "dtype": str(next(engine.model.parameters()).dtype),
-            "num_reduced": sum(in_backward) + kept[0] - before_step,
-            "num_parameters": len(kept[1]),
-            "bucket_bytes": max(sizes, default=0),
-            "broken": broken,
-            "states": (before, after, whole_state(engine)),
-        }
+    for name, config in settings["cases"].items():
+        learner = learner_of(settings, name, config)
+        found = one_step(learner, reduced, broken=name.startswith("broken"))
         if rank == 0:
             torch.save(found, f"{settings['out']}/{name}-{num_ranks}.pt")
-
     for name, run in settings["runs"].items():
-        config = TrainConfig.model_validate(run["config"])
-        engine = build(config)
-        planned = Plan(index, BatchingConfig(**run.get("batching", settings["batching"])))
-        draft = Draft(Root(settings["root"]), Spec("model", 1, {"run": run.get("like", name)}))
-        miner = Miner(
-            draft,
-            Path(settings["cache"]),
-            planned,
-            store,
-            engine,
-            config.micro_batch_size,
-            rank == 0,
-        )
-        progress = checkpoint.load(Path(run["load"]), engine, rank) if run["load"] else Progress()
-        started_at = progress.step
-        if run.get("break_step", -1) >= started_at:
-            break_step(engine, run["break_step"] - started_at, rank)
-        synchronized.clear()
-        folder = Path(settings["out"]) / name
-
-        def save(progress, engine=engine, config=config, folder=folder):
-            (folder / f"{progress.step}").mkdir(parents=True, exist_ok=True)
-            checkpoint.save(folder / f"{progress.step}", engine, progress, config, rank)
-
-        def test(progress, engine=engine):
-            if rank == 0:
-                row = {"step": progress.step, "task": MEAN, "split": "", "metric": "ndcg_at_10"}
-                progress.tests.append({**row, "value": score(engine.model, tokenizer)})
-            dist.barrier()
-
-        fit(engine, planned, store, config, progress, miner, lambda _: None, save, test)
-        dist.barrier()
+        broken_step = run.pop("break_step", -1)
+        found = whole_run(learner_of(settings, name, **run), synchronized, broken_step)
         if rank == 0:
-            records = [
-                {key: value for key, value in record.items() if not key.endswith("_seconds")}
-                for record in progress.records
-            ]
-            found = {
-                "weights": weights(engine),
-                "records": records,
-                "started_at": started_at,
-                "tests": progress.tests,
-                "num_synchronized": len(synchronized),
-            }
             torch.save(found, f"{settings['out']}/{name}.pt")
+    assert "ray" not in sys.modules
     dist.destroy_process_group()
 
 

@@ -3,8 +3,9 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from train import checkpoint
-from train.engine import OptimizerConfig
-from train.loop import Progress, TrainConfig
+from train.config import TrainConfig
+from train.optimizer import OptimizerConfig
+from train.progress import Progress
 
 
 class StillEngine:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
 from train.data import (
     TOKENIZER,
@@ -17,19 +18,20 @@ from train.data import (
     check_teacher,
     deal,
     load_tokenizer,
-    shard_index,
 )
 
 
 @pytest.fixture
 def opened(shards, tmp_path):
     artifact, table = shards
-    index = shard_index(artifact)
+    index = Shards([artifact]).index
     return (
         artifact,
         table,
         index,
-        TokenStore(cache_shards(artifact, tmp_path / "cache", False), index, pad_token_id=0),
+        TokenStore(
+            cache_shards(Shards([artifact]), tmp_path / "cache", False), index, pad_token_id=0
+        ),
     )
 
 
@@ -171,9 +173,9 @@ def test_padding_is_masked_and_micro_batches_are_of_similar_length(opened):
 
 def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
     artifact, *_ = opened
-    folder = cache_shards(artifact, tmp_path / "cache", False)
+    folder = cache_shards(Shards([artifact]), tmp_path / "cache", False)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert cache_shards(artifact, tmp_path / "cache", False) == folder
+    assert cache_shards(Shards([artifact]), tmp_path / "cache", False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     def fail(*_):
@@ -181,13 +183,13 @@ def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.data.Path.rename", fail)
     with pytest.raises(RuntimeError, match="killed"):
-        cache_shards(artifact, tmp_path / "other", False)
+        cache_shards(Shards([artifact]), tmp_path / "other", False)
     assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_shards_carry_their_tokenizer(opened):
     artifact, *_ = opened
-    assert load_tokenizer(artifact)("rose tulip")["input_ids"][0] == 2
+    assert load_tokenizer(Shards([artifact]))("rose tulip")["input_ids"][0] == 2
 
 
 @pytest.mark.parametrize("special", [{"eos_token": "[SEP]"}, {}])
@@ -202,9 +204,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(
     bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
     if not special:
         with pytest.raises(StrataError, match="neither a padding nor an end-of-text token"):
-            load_tokenizer(artifact)
+            load_tokenizer(Shards([artifact]))
         return
-    tokenizer = load_tokenizer(artifact)
+    tokenizer = load_tokenizer(Shards([artifact]))
     assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == (
         "[SEP]",
         3,
@@ -214,7 +216,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(
 
 def test_padding_stays_within_what_the_student_takes(opened):
     artifact, _, index, _ = opened
-    store = TokenStore(cache_shards(artifact, Path(artifact.path), False), index, 0, max_tokens=21)
+    store = TokenStore(
+        cache_shards(Shards([artifact]), Path(artifact.path), False), index, 0, max_tokens=21
+    )
     side = store.read(np.arange(240), 0, 1, 8).passage
     lengths = [ids.shape[1] for ids, _ in side.micro_batches]
     assert max(lengths) == 21 and {length for length in lengths if length < 21} <= {8, 16}
@@ -222,11 +226,13 @@ def test_padding_stays_within_what_the_student_takes(opened):
 
 def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
     artifact, table = make_shards(tmp_path / "root", teacher_width=6)
-    check_teacher(artifact, "a.setting")
-    index = shard_index(artifact)
+    check_teacher(Shards([artifact]), "a.setting")
+    index = Shards([artifact]).index
     expected = leaf_order(table)
     for teacher in (True, False):  # both caches of the same shards, side by side
-        store = TokenStore(cache_shards(artifact, tmp_path / "cache", teacher), index, 0, teacher)
+        store = TokenStore(
+            cache_shards(Shards([artifact]), tmp_path / "cache", teacher), index, 0, teacher
+        )
         pairs = store.read(np.array([7, 200, 31, 90]), 0, 1, 4).pairs
         assert (pairs.teacher_query is not None) == teacher
         if not teacher:
@@ -252,4 +258,4 @@ def test_shards_without_teacher_vectors_are_refused(opened):
         StrataError,
         match="a.setting: .* carries no teacher vectors; set shard.teacher_vectors=true",
     ):
-        check_teacher(artifact, "a.setting")
+        check_teacher(Shards([artifact]), "a.setting")

@@ -5,15 +5,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from clusterlib.clusters.shards import Shards
 from train.data import TOKENIZER, load_tokenizer
 from train.export import export
-from train.model import StudentConfig, TokenizerRef, build_student
+from train.model import POOLINGS, StudentConfig, TokenizerRef, build_student
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
 TEXTS = ["rose tulip soil", "the piston and the valve", "wave " * 40]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_exported_model_gives_the_trainers_vectors(
     tmp_path, tokenizer_folder, architecture, pooling
 ):
@@ -67,7 +68,7 @@ def test_a_decoder_whose_tokenizer_has_no_padding_is_exported_as_it_was_trained(
     file = str(tokenizer_folder / "tokenizer.json")
     bare = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", padding_side="left")
     bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
-    tokenizer = load_tokenizer(artifact)
+    tokenizer = load_tokenizer(Shards([artifact]))
     decoder = {
         "model_type": "gpt2",
         "n_embd": 32,

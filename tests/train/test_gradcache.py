@@ -2,14 +2,16 @@ import pytest
 import torch
 
 from clusterlib.batches.plan import BatchingConfig, Plan
+from clusterlib.clusters.shards import Shards
 from train.clock import Clock
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
+from train.data import TokenStore, cache_shards, load_tokenizer
 from train.gradcache import accumulate_gradient
-from train.loss import LossConfig, as_record
+from train.loss import LossConfig
+from train.measures import by_name
 from train.model import StudentConfig, build_student
 
 
-class PlainLearner:
+class TorchStudent:
     """Torch alone: what the engine does on one rank."""
 
     def __init__(self, model):
@@ -31,24 +33,24 @@ class PlainLearner:
 @pytest.fixture
 def setting(shards, tmp_path, architecture):
     artifact, _ = shards
-    tokenizer = load_tokenizer(artifact)
-    index = shard_index(artifact)
+    tokenizer = load_tokenizer(Shards([artifact]))
+    index = Shards([artifact]).index
     plan = Plan(index, BatchingConfig(strategy="random", global_batch_size=32))
     store = TokenStore(
-        cache_shards(artifact, tmp_path / "cache", False), index, tokenizer.pad_token_id
+        cache_shards(Shards([artifact]), tmp_path / "cache", False), index, tokenizer.pad_token_id
     )
 
     def gradient(micro_batch_size, dropout, compiled=False, **changes):
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        student = StudentConfig(architecture={**architecture, **rates, **changes})
-        learner = PlainLearner(build_student(student, tokenizer, 64, seed=1, compiled=compiled))
+        config = StudentConfig(architecture={**architecture, **rates, **changes})
+        student = TorchStudent(build_student(config, tokenizer, 64, seed=1, compiled=compiled))
         torch.manual_seed(5)
         batch = store.read(plan.step(1, 2).rows, 0, 1, micro_batch_size)
-        measures = accumulate_gradient(learner, batch, LossConfig(temperature=0.05))
+        measures = accumulate_gradient(student, batch, LossConfig(temperature=0.05))
         return (
-            torch.cat([weight.grad.ravel() for weight in learner.model.parameters()]),
+            torch.cat([weight.grad.ravel() for weight in student.model.parameters()]),
             measures,
-            learner,
+            student,
             batch,
         )
 
@@ -58,20 +60,20 @@ def setting(shards, tmp_path, architecture):
 @pytest.mark.parametrize("micro_batch_size", [32, 16, 7, 1])
 def test_cached_gradient_equals_plain(setting, micro_batch_size):
     plain, plain_measures, _, batch = setting(32, 0.0)
-    cached, measures, learner, _ = setting(micro_batch_size, 0.0)
+    cached, measures, student, _ = setting(micro_batch_size, 0.0)
     assert len(batch.query.micro_batches) == 1
-    assert learner.num_graphs == 2 * -(-32 // micro_batch_size)  # one micro-batch's graph at a time
+    assert student.num_graphs == 2 * -(-32 // micro_batch_size)  # one micro-batch's graph at a time
     assert float((cached - plain).norm() / plain.norm()) < 1e-6
     torch.testing.assert_close(measures, plain_measures, rtol=1e-5, atol=1e-6)
-    assert as_record(measures)["masked_fraction"] > 0
+    assert by_name(measures)["masked_fraction"] > 0
 
 
 def test_cached_gradient_is_that_of_its_own_dropout(setting):
     """With dropout the second pass must drop what the first dropped: check against finite
     differences.
     """
-    _, measures, learner, batch = setting(8, 0.3)
-    weight = learner.model.backbone.encoder.layer[0].output.dense.weight
+    _, measures, student, batch = setting(8, 0.3)
+    weight = student.model.backbone.encoder.layer[0].output.dense.weight
     direction = weight.grad / weight.grad.norm()
     losses = []
     for sign in (1, -1):
@@ -79,14 +81,14 @@ def test_cached_gradient_is_that_of_its_own_dropout(setting):
         torch.manual_seed(5)
         losses.append(
             float(
-                accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]
+                accumulate_gradient(_Forward(student.model), batch, LossConfig(temperature=0.05))[0]
             )
         )
         weight.data -= sign * 1e-2 * direction
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=0.05)
     torch.manual_seed(5)
     assert float(
-        accumulate_gradient(_Forward(learner.model), batch, LossConfig(temperature=0.05))[0]
+        accumulate_gradient(_Forward(student.model), batch, LossConfig(temperature=0.05))[0]
     ) == pytest.approx(float(measures[0]), rel=1e-6)
 
 
@@ -99,26 +101,26 @@ SMALLER = {
 
 def test_a_compiled_student_has_the_same_gradient_and_names(setting):
     plain, plain_measures, uncompiled, _ = setting(32, 0.0, **SMALLER)
-    cached, measures, learner, _ = setting(7, 0.0, compiled=True, **SMALLER)
+    cached, measures, student, _ = setting(7, 0.0, compiled=True, **SMALLER)
     assert float((cached - plain).norm() / plain.norm()) < 1e-5  # fused kernels round differently
     torch.testing.assert_close(measures, plain_measures, rtol=1e-5, atol=1e-6)
-    assert list(learner.model.state_dict()) == list(uncompiled.model.state_dict())
+    assert list(student.model.state_dict()) == list(uncompiled.model.state_dict())
 
 
 def test_a_compiled_student_drops_the_same_in_both_passes(setting):
-    _, _, learner, batch = setting(7, 0.3, compiled=True, **SMALLER)
-    half = len(learner.encoded) // 2
+    _, _, student, batch = setting(7, 0.3, compiled=True, **SMALLER)
+    half = len(student.encoded) // 2
     first, second = (
-        torch.cat(passed) for passed in (learner.encoded[:half], learner.encoded[half:])
+        torch.cat(passed) for passed in (student.encoded[:half], student.encoded[half:])
     )
     torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-    learner.encode(*batch.query.micro_batches[0])
+    student.encode(*batch.query.micro_batches[0])
     assert (
-        float((learner.encoded[-1] - learner.encoded[0]).abs().max()) > 1e-3
+        float((student.encoded[-1] - student.encoded[0]).abs().max()) > 1e-3
     )  # dropout is at work
 
 
-class _Forward(PlainLearner):
+class _Forward(TorchStudent):
     """Encodes as usual, and takes no step back: only the loss is wanted."""
 
     def backward(self, loss):

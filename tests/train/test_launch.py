@@ -12,10 +12,19 @@ import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
+from clusterlib.artifacts.artifact import Spec
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.errors import StrataError
-from train.launch import train, will_come_again
-from train.loop import TrainConfig
+from train.config import TrainConfig
+from train.launch import model_spec, train, will_come_again
+
+
+def train_on(artifact, config, batching, tests=None):
+    shards = Spec("shards", 1, artifact.config)
+    assert shards.name == artifact.name
+    prompts = {"query": "", "document": ""}
+    spec = model_spec(config, batching, {"both": shards}, prompts, "test", tests)
+    return train(spec, artifact.root, tests)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +47,7 @@ def test_losses_that_do_not_fit_are_refused_before_anything_runs(
     )
     batching = BatchingConfig(strategy="random", global_batch_size=8)
     with pytest.raises(StrataError, match=message):
-        train(config, batching, artifact, artifact.root, "test")
+        train_on(artifact, config, batching)
 
 
 def test_a_run_mines_neighbors_and_leaves_no_table_behind(
@@ -61,7 +70,7 @@ def test_a_run_mines_neighbors_and_leaves_no_table_behind(
     batching = BatchingConfig(
         global_batch_size=16, phases=phases, neighbors={"refresh_every_steps": 2}
     )
-    model = train(config, batching, artifact, artifact.root, "test")
+    model = train_on(artifact, config, batching)
     steps = model.read("steps").to_pylist()
     assert [row["stratum"] for row in steps[:3]] == ["all"] * 3
     assert {row["stratum"] for row in steps[3:]} <= {"a", "b"}
@@ -77,7 +86,7 @@ def test_neighbors_without_teacher_vectors_are_refused(shards, architecture):
     with pytest.raises(
         StrataError, match="batching.strategy=neighbors: .* carries no teacher vectors"
     ):
-        train(config, batching, artifact, artifact.root, "test")
+        train_on(artifact, config, batching)
 
 
 def test_trackers_that_are_not_installed_are_refused_before_anything_runs(
@@ -94,13 +103,7 @@ def test_trackers_that_are_not_installed_are_refused_before_anything_runs(
     with pytest.raises(
         StrataError, match=r"train.trackers: wandb .* not installed; `pip install wandb`"
     ):
-        train(
-            config,
-            BatchingConfig(strategy="random", global_batch_size=8),
-            artifact,
-            artifact.root,
-            "test",
-        )
+        train_on(artifact, config, BatchingConfig(strategy="random", global_batch_size=8))
 
 
 def raised(error, module="train.loop"):
@@ -174,7 +177,7 @@ def test_an_error_that_will_come_again_ends_the_run_at_once_in_one_message(
     with pytest.raises(
         StrataError, match="^train test: rank 0 failed: KeyError: 'a bug'; its traceback is in"
     ) as info:
-        train(config, batching, artifact, artifact.root, "test", Faulty())
+        train_on(artifact, config, batching, Faulty())
     assert tries.read_text() == "one\n"
     details = Path(str(info.value).rpartition(" ")[2]).read_text()
     assert "raise KeyError" in details and "ray/" not in details
@@ -216,13 +219,7 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_message(
         student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1
     )
     with pytest.raises(StrataError, match=message):
-        train(
-            config,
-            BatchingConfig(strategy="random", global_batch_size=8),
-            artifact,
-            artifact.root,
-            "test",
-        )
+        train_on(artifact, config, BatchingConfig(strategy="random", global_batch_size=8))
 
 
 def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
@@ -263,7 +260,7 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
         keep="best",
     )
     batching = BatchingConfig(strategy="random", global_batch_size=8)
-    made = train(config, batching, artifact, artifact.root, "test", Scripted())
+    made = train_on(artifact, config, batching, Scripted())
     assert (tmp_path / "died").exists()
     assert made.config["tasks"] == ["scripted"]
     tests = made.read("tests").to_pylist()

@@ -8,34 +8,36 @@ import pyarrow as pa
 import pytest
 import torch
 
-from clusterlib.artifacts.tables import MEAN, SIMILARITY_BINS, STEPS
 from clusterlib.batches.plan import BatchingConfig, Plan
+from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
 from train.clock import Clock
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
-from train.loop import Progress, TrainConfig, fit
-from train.loss import MEASURES
+from train.config import TrainConfig
+from train.data import TokenStore, cache_shards, load_tokenizer
+from train.loop import fit
+from train.measures import NUM_VALUES, STEPS
+from train.progress import Progress
 
 PHASES = [
     {"fraction": 0.25, "strategy": "source"},
     {"fraction": 0.75, "strategy": "cluster", "k": 2},
 ]
-OTHERS = [("local", "ndcg_at_10"), (MEAN, "mrr_at_10")]
 
 
 @pytest.fixture
 def loop(shards, tmp_path, monkeypatch):
     """(engine that does nothing, plan, token store)"""
     monkeypatch.setattr(
-        "train.loop.accumulate_gradient",
-        lambda *_: torch.zeros(len(MEASURES) + 2 * SIMILARITY_BINS),
+        "train.loop.accumulate_gradient", lambda *_: torch.zeros(NUM_VALUES, dtype=torch.float64)
     )
     device = torch.device("cpu")
     engine = SimpleNamespace(device=device, clock=Clock(device), step=lambda learning_rate: 0.0)
     artifact, _ = shards
-    index = shard_index(artifact)
+    index = Shards([artifact]).index
     store = TokenStore(
-        cache_shards(artifact, tmp_path, False), index, load_tokenizer(artifact).pad_token_id
+        cache_shards(Shards([artifact]), tmp_path, False),
+        index,
+        load_tokenizer(Shards([artifact])).pad_token_id,
     )
     return engine, Plan(index, BatchingConfig(global_batch_size=32, phases=PHASES)), store
 
@@ -72,25 +74,6 @@ def test_tests_come_every_n_steps_at_the_end_and_before_checkpoints(loop, archit
         "test 7",
         "checkpoint 7",
     ]
-
-
-def test_the_best_step_is_the_first_of_the_highest_means():
-    means = {5: 0.25, 10: 0.5, 15: 0.5, 20: 0.125}
-    rows = [
-        {"step": step, "task": MEAN, "metric": "ndcg_at_10", "value": value}
-        for step, value in means.items()
-    ]
-    others = [{"step": 20, "task": task, "metric": metric, "value": 1.0} for task, metric in OTHERS]
-    progress = Progress(tests=[*rows, *others])
-    assert progress.means() == means and progress.best_step == 10
-
-
-def test_the_best_cannot_be_kept_without_tests(architecture):
-    with pytest.raises(
-        ValueError,
-        match="keep=best needs tests in the loop to tell the best by; set test_every_steps",
-    ):
-        train_config(architecture, steps=1, keep="best")
 
 
 def breaking(engine, *steps):

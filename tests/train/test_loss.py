@@ -1,10 +1,10 @@
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clusterlib.errors import StrataError
-from train.loss import LossConfig, Pairs, as_record, contrast, false_negatives, info_nce
+from train.loss import LossConfig, Pairs, contrast, false_negatives, info_nce
+from train.measures import by_name
 
 
 def unit(*shape, seed=0):
@@ -164,7 +164,7 @@ def test_every_option_equals_its_dense_definition(
     )
     expected = reference(query, passage, known, first, config)
     torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=0)
-    assert as_record(output.measures)["loss"] == pytest.approx(expected.item(), rel=1e-10)
+    assert by_name(output.measures)["loss"] == pytest.approx(expected.item(), rel=1e-10)
     references = torch.autograd.grad(expected, leaves, retain_graph=True)
     for found, wanted in zip(torch.autograd.grad(output.loss, leaves), references, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
@@ -176,51 +176,3 @@ def test_prefixes_longer_than_the_embedding_are_refused():
         StrataError, match=r"train.loss.matryoshka_dims=\[8, 33\]: the student's embedding has 32"
     ):
         LossConfig(matryoshka_dims=(8, 33)).check_width(32)
-
-
-def test_measures_equal_their_definitions(blocks):
-    query, passage = unit(5, 3), unit(14, 3, seed=1)
-    positive = torch.arange(5)
-    chance = torch.rand(5, 14, generator=torch.Generator().manual_seed(3))
-    by_id, by_teacher = chance < 0.1, (chance >= 0.1) & (chance < 0.3)
-    by_id[0], by_teacher[0] = True, False  # a query with no negative at all
-    found = as_record(
-        info_nce(query, passage, positive, block_masks(by_id, by_teacher), 0.1).measures
-    )
-    similarity = (query @ passage.T).double().numpy()
-    correct, of_positive, of_negative, hardness, share, by_teacher_share, all_negatives = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-    )
-    for row in range(5):
-        others = [column for column in range(14) if column != row]
-        negatives = [
-            similarity[row, c] for c in others if not by_id[row, c] and not by_teacher[row, c]
-        ]
-        correct.append(similarity[row, row] > max(negatives, default=-np.inf))
-        of_positive.append(similarity[row, row])
-        of_negative.append(np.mean(negatives) if negatives else 0)
-        hardness.append(np.mean(sorted(negatives)[-10:]) if negatives else 0)
-        share.append((13 - len(negatives)) / 13)
-        by_teacher_share.append(sum(bool(by_teacher[row, c]) for c in others) / 13)
-        all_negatives += negatives
-    for name, values in (
-        ("accuracy", correct),
-        ("positive_similarity", of_positive),
-        ("negative_similarity", of_negative),
-        ("hardness", hardness),
-        ("masked_fraction", share),
-        ("teacher_masked_fraction", by_teacher_share),
-    ):
-        assert found[name] == pytest.approx(np.mean(values), abs=1e-6), name
-    edges = np.linspace(-1, 1, 21)
-    for name, values in (
-        ("positive_histogram", of_positive),
-        ("negative_histogram", all_negatives),
-    ):
-        assert found[name] == pytest.approx(np.histogram(values, edges)[0] / 5), name

@@ -13,7 +13,8 @@ from clusterlib.artifacts.tables import fixed_size_list, neighbors_schema
 from clusterlib.batches.blocks import Stratum
 from clusterlib.batches.neighbors import NOBODY, NeighborsConfig
 from clusterlib.batches.plan import BatchingConfig, Plan
-from train.data import TokenStore, cache_shards, shard_index
+from clusterlib.clusters.shards import Shards
+from train.data import TokenStore, cache_shards
 from train.mine import Miner, nearest, share
 
 
@@ -80,12 +81,12 @@ def test_ranks_share_clusters_evenly_and_in_order(num_ranks):
 
 def test_a_node_does_not_use_the_table_of_an_earlier_try(make_shards, tmp_path):
     artifact, _ = make_shards(tmp_path / "root", teacher_width=6)
-    index = shard_index(artifact)
+    index = Shards([artifact]).index
     neighbors = {"per_seed": 2, "last_rank": 4, "margin": -1}
     plan = Plan(
         index, BatchingConfig(strategy="neighbors", k=2, global_batch_size=24, neighbors=neighbors)
     )
-    store = TokenStore(cache_shards(artifact, tmp_path / "cache", True), index, 0)
+    store = TokenStore(cache_shards(Shards([artifact]), tmp_path / "cache", True), index, 0)
     draft = Draft(artifact.root, Spec("model", 1, {}))
     engine = SimpleNamespace(device=torch.device("cpu"))
     miner = Miner(draft, tmp_path / "cache", plan, store, engine, 8, writes_cache=True)

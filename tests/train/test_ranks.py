@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +17,10 @@ import pytest
 import torch
 
 from clusterlib.batches.plan import BatchingConfig, Plan
-from train.data import TokenStore, cache_shards, load_tokenizer, shard_index
-from train.loss import LossConfig, as_record
+from clusterlib.clusters.shards import Shards
+from train.data import TokenStore, cache_shards, load_tokenizer
+from train.loss import LossConfig
+from train.measures import LOSS, by_name
 from train.model import StudentConfig, build_student
 
 BATCH = 24
@@ -53,19 +54,43 @@ def setting(tmp_path_factory, make_shards, architecture):
 
 
 @pytest.fixture(scope="module")
-def outcome(setting):
-    """Runs ranks when first asked for them; returns what reads their results."""
-    _, folder, quiet, noisy = setting
-    case = {
+def case(setting):
+    """The settings that all cases and runs share."""
+    _, _, quiet, _ = setting
+    return {
         "student": {"architecture": quiet},
         "loss": loss_config("").model_dump(),
         "optimizer": {"learning_rate": 1e-3, "max_gradient_norm": 1e9},
         "steps": 4,
         "seed": 3,
     }
-    student = {"student": {"architecture": quiet | DISTINCT}}
+
+
+@pytest.fixture(scope="module")
+def run(case):
+    """The settings that all runs share."""
+    return {**case, "micro_batch_size": 5, "checkpoint_every_steps": 2}
+
+
+def reader(folder, make):
+    """What reads the result of `name` on a number of ranks, made by `make` when first asked for."""
+    made = functools.cache(make)
+
+    def read(name, *num_ranks):
+        made(*num_ranks)
+        path = folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt"
+        return torch.load(path, weights_only=True)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def gradient(setting, case):
+    """Reads one step of each ZeRO stage, loss, precision and way to compute it."""
+    _, folder, quiet, _ = setting
+    case = {**case, "student": {"architecture": quiet | DISTINCT}}
     cases = {
-        f"zero{stage}-{micro}": {**case, **student, "zero_stage": stage, "micro_batch_size": size}
+        f"zero{stage}-{micro}": {**case, "zero_stage": stage, "micro_batch_size": size}
         for stage in STAGES
         for micro, size in MICRO.items()
     }
@@ -75,86 +100,73 @@ def outcome(setting):
     for stage in STAGES:
         cases[f"bf16-zero{stage}"] = {**cases[f"zero{stage}-cached"], "precision": "bf16"}
         cases[f"broken-zero{stage}"] = cases[f"zero{stage}-cached"]
-    run = {**case, "micro_batch_size": 5, "checkpoint_every_steps": 2}
+    return reader(folder, lambda num_ranks: run_ranks(num_ranks, setting, cases, {}))
 
-    @functools.cache
-    def gradients(num_ranks):
-        run_ranks(num_ranks, setting, cases, {})
 
-    @functools.cache
+@pytest.fixture(scope="module")
+def resume(setting, run):
+    """Reads runs of four steps and those that went on from their second: undisturbed, with tests in
+    the loop, and with a gradient that is not finite.
+    """
+    _, folder, _, noisy = setting
+
     def resumes(num_ranks):
         runs = {}
         for stage in STAGES:
             config = {**run, "student": {"architecture": noisy}, "zero_stage": stage}
-            whole = f"whole{stage}-{num_ranks}"
-            runs[whole] = {"config": config, "load": None}
-            runs[f"resumed{stage}-{num_ranks}"] = {
-                "config": config,
-                "load": str(folder / whole / "2"),
-            }
-            config, tested = {**config, "test_every_steps": 1}, f"tested{stage}-{num_ranks}"
-            runs[tested] = {"config": config, "load": None}
-            runs[f"testedresumed{stage}-{num_ranks}"] = {
-                "config": config,
-                "load": str(folder / tested / "2"),
-            }
-            broken, config = f"broken{stage}-{num_ranks}", {**config, "test_every_steps": None}
-            runs[broken] = {"config": config, "load": None, "break_step": 0}
-            runs[f"brokenresumed{stage}-{num_ranks}"] = {
-                "config": config,
-                "load": str(folder / broken / "2"),
-            }
+            tested = {**config, "test_every_steps": 1}
+            for name, settings in (
+                ("whole", {"config": config}),
+                ("tested", {"config": tested}),
+                ("broken", {"config": config, "break_step": 0}),
+            ):
+                first = f"{name}{stage}-{num_ranks}"
+                again = f"{name.removesuffix('whole')}resumed{stage}-{num_ranks}"
+                runs[first] = settings
+                runs[again] = {"config": settings["config"], "load": str(folder / first / "2")}
         run_ranks(num_ranks, setting, {}, runs)
 
-    @functools.cache
+    return reader(folder, resumes)
+
+
+@pytest.fixture(scope="module")
+def move(setting, run):
+    """Reads a run of two ranks under ZeRO 2, then one without ZeRO, then two under ZeRO 1; and one
+    of two under ZeRO 1 all along.
+    """
+    _, folder, *_ = setting
+
     def moves():
-        """Two ranks under ZeRO 2, then one without ZeRO, then two under ZeRO 1; and two under ZeRO
-        1 all along.
-        """
         steps = {**run, "steps": 6}
-        first = {"config": {**steps, "zero_stage": 2}, "load": None}
-        undisturbed = {"config": {**steps, "zero_stage": 1}, "load": None}
+        first = {"config": {**steps, "zero_stage": 2}}
+        undisturbed = {"config": {**steps, "zero_stage": 1}}
         second = {"config": {**steps, "zero_stage": 0}, "load": str(folder / "first" / "2")}
         third = {"config": {**steps, "zero_stage": 1}, "load": str(folder / "second" / "4")}
         run_ranks(2, setting, {}, {"first": first, "undisturbed": undisturbed})
         run_ranks(1, setting, {}, {"second": second})
         run_ranks(2, setting, {}, {"third": third})
 
-    @functools.cache
+    return reader(folder, moves)
+
+
+@pytest.fixture(scope="module")
+def mine(setting, run):
+    """Reads a run of two ranks that mine at steps 0, 2 and 4; one that goes on from step 3; and one
+    that does it all alone.
+    """
+    _, folder, quiet, _ = setting
+
     def mines():
-        """Two ranks that mine at steps 0, 2 and 4; one that goes on from step 3; one that does it
-        all alone.
-        """
         neighbors = {"per_seed": 2, "last_rank": 6, "margin": -1.0, "refresh_every_steps": 2}
-        batching = {
-            "strategy": "neighbors",
-            "k": 2,
-            "global_batch_size": BATCH,
-            "neighbors": neighbors,
-        }
-        config = {
-            **run,
-            "steps": 6,
-            "checkpoint_every_steps": 3,
-            "student": {"architecture": quiet | DISTINCT},
-        }
-        first = {"config": config, "batching": batching, "load": None}
+        batching = {"strategy": "neighbors", "k": 2, "global_batch_size": BATCH}
+        config = {**run, "steps": 6, "checkpoint_every_steps": 3}
+        config["student"] = {"architecture": quiet | DISTINCT}
+        first = {"config": config, "batching": {**batching, "neighbors": neighbors}}
         run_ranks(2, setting, {}, {"mined": first})
         going_on = {**first, "load": str(folder / "mined" / "3"), "like": "mined"}
         run_ranks(1, setting, {}, {"mined-on": going_on, "mined-alone": first})
 
-    def read(make, name, *num_ranks):
-        make(*num_ranks)
-        return torch.load(
-            folder / f"{'-'.join([name, *map(str, num_ranks)])}.pt", weights_only=True
-        )
-
-    return SimpleNamespace(
-        gradient=functools.partial(read, gradients),
-        resume=functools.partial(read, resumes),
-        move=functools.partial(read, moves),
-        mine=functools.partial(read, mines),
-    )
+    return reader(folder, mines)
 
 
 def run_ranks(num_ranks, setting, cases, runs):
@@ -200,11 +212,11 @@ def reference(setting, tmp_path_factory):
     gradient and loss.
     """
     shards, _, quiet, _ = setting
-    tokenizer = load_tokenizer(shards)
-    index = shard_index(shards)
+    tokenizer = load_tokenizer(Shards([shards]))
+    index = Shards([shards]).index
     plan = Plan(index, BatchingConfig(strategy="cluster", k=2, global_batch_size=BATCH))
     store = TokenStore(
-        cache_shards(shards, tmp_path_factory.mktemp("cache"), True),
+        cache_shards(Shards([shards]), tmp_path_factory.mktemp("cache"), True),
         index,
         tokenizer.pad_token_id,
         True,
@@ -263,7 +275,7 @@ def assert_exact(found, reference):
     gradient, loss = reference
     error = float((found["gradient"] - gradient).norm() / gradient.norm())
     assert error < 1e-6, error
-    assert float(found["measures"][0]) == pytest.approx(loss, rel=1e-5)
+    assert float(found["measures"][LOSS]) == pytest.approx(loss, rel=1e-5)
     assert found["norm"] == pytest.approx(float(gradient.norm()), rel=1e-5)
 
 
@@ -271,29 +283,29 @@ def assert_exact(found, reference):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro", MICRO)
 def test_gradient_equals_one_process_with_the_whole_batch(
-    outcome, reference, num_ranks, stage, micro
+    gradient, reference, num_ranks, stage, micro
 ):
-    assert_exact(outcome.gradient(f"zero{stage}-{micro}", num_ranks), reference())
+    assert_exact(gradient(f"zero{stage}-{micro}", num_ranks), reference())
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_exact_over_ranks(outcome, reference, num_ranks, name):
-    found = outcome.gradient(name, num_ranks)
+def test_every_loss_is_exact_over_ranks(gradient, reference, num_ranks, name):
+    found = gradient(name, num_ranks)
     assert_exact(found, reference(name))
-    by_teacher = as_record(found["measures"])["teacher_masked_fraction"]
+    by_teacher = by_name(found["measures"])["teacher_masked_fraction"]
     assert (by_teacher > 0) == (name in ("teacher", "all"))
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
-def test_gradient_checkpointing_changes_nothing(outcome, reference, num_ranks):
-    assert_exact(outcome.gradient("checkpointed", num_ranks), reference())
+def test_gradient_checkpointing_changes_nothing(gradient, reference, num_ranks):
+    assert_exact(gradient("checkpointed", num_ranks), reference())
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_gradient_is_reduced_once_a_step(outcome, num_ranks, stage):
-    found = outcome.gradient(f"zero{stage}-cached", num_ranks)
+def test_each_gradient_is_reduced_once_a_step(gradient, num_ranks, stage):
+    found = gradient(f"zero{stage}-cached", num_ranks)
     num_micro_batches = 2 * math.ceil(BATCH / num_ranks / MICRO["cached"])
     # ZeRO 2 keeps no whole gradient to add to, so it reduces each micro-batch's.
     assert found["num_reduced"] == found["num_parameters"] * (
@@ -303,28 +315,26 @@ def test_each_gradient_is_reduced_once_a_step(outcome, num_ranks, stage):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_is_near_and_keeps_float32_weights(outcome, reference, num_ranks, stage):
-    found = outcome.gradient(f"bf16-zero{stage}", num_ranks)
-    gradient, loss = reference()
+def test_bf16_is_near_and_keeps_float32_weights(gradient, reference, num_ranks, stage):
+    found = gradient(f"bf16-zero{stage}", num_ranks)
+    wanted, loss = reference()
     assert found["dtype"] == "torch.float32"
-    assert 1e-6 < float((found["gradient"] - gradient).norm() / gradient.norm()) < 0.1
-    assert float(found["measures"][0]) == pytest.approx(loss, rel=0.01)
+    assert 1e-6 < float((found["gradient"] - wanted).norm() / wanted.norm()) < 0.1
+    assert float(found["measures"][LOSS]) == pytest.approx(loss, rel=0.01)
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_gradients_are_reduced_in_float32(outcome, num_ranks, stage):
-    without, found = (
-        outcome.gradient(f"bf16-zero{of}", num_ranks)["gradient"] for of in (0, stage)
-    )
+def test_bf16_gradients_are_reduced_in_float32(gradient, num_ranks, stage):
+    without, found = (gradient(f"bf16-zero{of}", num_ranks)["gradient"] for of in (0, stage))
     assert float((found - without).norm() / without.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_buckets_are_no_larger_than_the_weights(outcome, num_ranks, stage, precision):
-    found = outcome.gradient(
+def test_buckets_are_no_larger_than_the_weights(gradient, num_ranks, stage, precision):
+    found = gradient(
         f"zero{stage}-cached" if precision == "fp32" else f"bf16-zero{stage}", num_ranks
     )
     assert found["bucket_bytes"] == 4 * found["num_parameters"]
@@ -332,9 +342,9 @@ def test_buckets_are_no_larger_than_the_weights(outcome, num_ranks, stage, preci
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_changes_nothing(outcome, reference, num_ranks, stage):
+def test_a_gradient_that_is_not_finite_changes_nothing(gradient, reference, num_ranks, stage):
     broken, undisturbed = (
-        outcome.gradient(name, num_ranks) for name in (f"broken-zero{stage}", f"zero{stage}-cached")
+        gradient(name, num_ranks) for name in (f"broken-zero{stage}", f"zero{stage}-cached")
     )
     assert not math.isfinite(broken["broken"])
     before, after, _ = broken["states"]
@@ -345,10 +355,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(outcome, reference, num_r
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_skipped_step_is_recorded_and_resumed(outcome, num_ranks, stage):
-    whole, resumed = (
-        outcome.resume(f"{name}{stage}", num_ranks) for name in ("broken", "brokenresumed")
-    )
+def test_a_skipped_step_is_recorded_and_resumed(resume, num_ranks, stage):
+    whole, resumed = (resume(f"{name}{stage}", num_ranks) for name in ("broken", "brokenresumed"))
     assert [record["skipped"] for record in whole["records"]] == [True, False, False, False]
     assert resumed["started_at"] == 2 and resumed["records"][1:] == whole["records"][1:]
     assert torch.equal(whole["weights"], resumed["weights"])
@@ -356,14 +364,14 @@ def test_a_skipped_step_is_recorded_and_resumed(outcome, num_ranks, stage):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_steps_do_not_wait_for_the_device_but_at_their_end(outcome, num_ranks, stage):
-    assert outcome.resume(f"whole{stage}", num_ranks)["num_synchronized"] == 0
+def test_steps_do_not_wait_for_the_device_but_at_their_end(resume, num_ranks, stage):
+    assert resume(f"whole{stage}", num_ranks)["num_synchronized"] == 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_and_two_steps_are_four(outcome, num_ranks, stage):
-    whole, resumed = (outcome.resume(f"{name}{stage}", num_ranks) for name in ("whole", "resumed"))
+def test_two_and_two_steps_are_four(resume, num_ranks, stage):
+    whole, resumed = (resume(f"{name}{stage}", num_ranks) for name in ("whole", "resumed"))
     assert (whole["started_at"], resumed["started_at"]) == (0, 2)
     assert len(whole["records"]) == 4 and whole["records"] == resumed["records"]  # to the last bit
     assert torch.equal(whole["weights"], resumed["weights"])
@@ -371,9 +379,9 @@ def test_two_and_two_steps_are_four(outcome, num_ranks, stage):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_tests_in_the_loop_change_nothing_and_are_resumed(outcome, num_ranks, stage):
+def test_tests_in_the_loop_change_nothing_and_are_resumed(resume, num_ranks, stage):
     whole, tested, resumed = (
-        outcome.resume(f"{name}{stage}", num_ranks) for name in ("whole", "tested", "testedresumed")
+        resume(f"{name}{stage}", num_ranks) for name in ("whole", "tested", "testedresumed")
     )
     assert (
         torch.equal(tested["weights"], whole["weights"]) and tested["records"] == whole["records"]
@@ -384,8 +392,8 @@ def test_tests_in_the_loop_change_nothing_and_are_resumed(outcome, num_ranks, st
     assert resumed["tests"] == tested["tests"]
 
 
-def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
-    undisturbed, second, third = (outcome.move(name) for name in ("undisturbed", "second", "third"))
+def test_a_run_continues_on_other_ranks_and_under_other_stages(move):
+    undisturbed, second, third = (move(name) for name in ("undisturbed", "second", "third"))
     assert (second["started_at"], third["started_at"]) == (2, 4)
     assert len(third["records"]) == 6
     for found, wanted in zip(third["records"], undisturbed["records"], strict=True):
@@ -396,8 +404,8 @@ def test_a_run_continues_on_other_ranks_and_under_other_stages(outcome):
     assert difference < 1e-5
 
 
-def test_a_run_with_mined_neighbors_continues_and_does_not_depend_on_ranks(outcome, setting):
-    two, on, alone = (outcome.mine(name) for name in ("mined", "mined-on", "mined-alone"))
+def test_a_run_with_mined_neighbors_continues_and_does_not_depend_on_ranks(mine, setting):
+    two, on, alone = (mine(name) for name in ("mined", "mined-on", "mined-alone"))
     assert (on["started_at"], alone["started_at"]) == (3, 0)
     for other in (on, alone):
         losses = [[row["loss"] for row in run["records"]] for run in (other, two)]
