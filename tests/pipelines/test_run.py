@@ -616,40 +616,28 @@ def test_texts_are_those_of_the_batchs_rows(recipe, pairs_file, ray_running, tmp
     ]
 
 
-def test_what_is_not_there_is_said(finished, recipe):
-    root, _, _ = finished
-    run = Run.open(
-        str(recipe),
-        {
-            "batching.strategy": "neighbors",
-            "batching.neighbors.per_seed": 1,
-            "shard.teacher_vectors": True,
-            "arms": {},
-        },
-        root=root.uri,
-    )
-    (arm,) = run.arms.values()
+def test_what_is_not_there_is_said(recipe, tmp_path):
+    run = Run.open(str(recipe), root=str(tmp_path))
+    arm = run.arms["cluster"]
     for call, said in (
         (lambda: run.run_to("fly"), "no such stage; there are ingest"),
         (lambda: arm.tables("words"), "no such kind; there are pairs"),
         (lambda: run.score_frame("f1"), "no such metric; there are ndcg_at_10"),
-        (lambda: arm.tables("shards"), "are not finished"),
+        (lambda: arm.tables("shards"), "no finished shards of jsonl"),
+        (lambda: next(arm.batches()), "no finished shards of jsonl"),
     ):
         with pytest.raises(StrataError, match=said):
             call()
 
 
-def test_mined_batches_are_not_told_before_they_are_mined(finished, recipe):
-    root, _, _ = finished
-    arm = Run.open(str(recipe), root=root.uri).arms["random"]
-    assert arm.shards.artifacts  # found by the settings they were made with
-    arm.config = arm.config.with_overrides(
-        {
-            "batching.strategy": "neighbors",
-            "batching.neighbors.per_seed": 1,
-            "shard.teacher_vectors": True,
-        },
-        "test",
-    )
-    with pytest.raises(StrataError, match="random: step 0 has mined neighbors"):
+def test_mined_batches_are_not_told_before_they_are_mined(recipe, chain, tmp_path):
+    changes = {
+        "arms": {},
+        "batching.strategy": "neighbors",
+        "batching.neighbors.per_seed": 1,
+        "shard.teacher_vectors": True,
+    }
+    arm = Run.open(str(recipe), changes, root=str(tmp_path)).arms["tiny"]
+    arm.shards = Shards(list(chain.shards.values()))
+    with pytest.raises(StrataError, match="tiny: step 0 has mined neighbors"):
         next(arm.batches())
