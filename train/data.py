@@ -124,8 +124,8 @@ def load_tokenizer(shards: Shards) -> Any:
         if tokenizer.eos_token is None:
             raise StrataError(
                 f"{shards.artifacts[0].name}: its tokenizer has neither a padding nor an "
-                "end-of-text token, so texts of different length cannot be batched; give shard.tokenizer's "
-                "tokenizer_config.json a pad_token that it knows"
+                "end-of-text token, so texts of different length cannot be batched; give "
+                "shard.tokenizer's tokenizer_config.json a pad_token that it knows"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -311,7 +311,7 @@ def commit() -> str | None:
     """Commit of the checkout this code runs from, with `+` after it when files differ; None outside
     one.
     """
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed: a repository further up is not ours
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty=+"]

@@ -21,6 +21,12 @@ from train.data import (
 )
 
 
+def open_store(artifact, cache_dir, teacher=False, max_tokens=None):
+    shards = Shards([artifact])
+    folders = cache_shards(shards, cache_dir, teacher)
+    return TokenStore(folders, shards.index, 0, teacher, max_tokens)
+
+
 @pytest.fixture
 def opened(shards, tmp_path):
     artifact, table = shards
@@ -29,9 +35,7 @@ def opened(shards, tmp_path):
         artifact,
         table,
         index,
-        TokenStore(
-            cache_shards(Shards([artifact]), tmp_path / "cache", False), index, pad_token_id=0
-        ),
+        open_store(artifact, tmp_path / "cache"),
     )
 
 
@@ -140,7 +144,7 @@ def test_ranks_have_as_many_tokens_where_sources_differ_in_length(tmp_path):
         with pa.ipc.new_file(tmp_path / f"{file:06d}.arrow", table.schema) as writer:
             writer.write_table(table)
     index = SimpleNamespace(locate=lambda rows: (rows // rows_of_source, rows % rows_of_source))
-    store = TokenStore(tmp_path, index, pad_token_id=0)
+    store = TokenStore([tmp_path], index, pad_token_id=0)
     for batch in generator.permutation(4 * rows_of_source).reshape(-1, 128):
         loads = [num_tokens(store.read(batch, rank, 8, 32)) for rank in range(8)]
         assert max(loads) <= 1.05 * sum(loads) / 8
@@ -173,9 +177,9 @@ def test_padding_is_masked_and_micro_batches_are_of_similar_length(opened):
 
 def test_the_cache_is_made_once_and_never_half(opened, tmp_path, monkeypatch):
     artifact, *_ = opened
-    folder = cache_shards(Shards([artifact]), tmp_path / "cache", False)
+    (folder,) = cache_shards(Shards([artifact]), tmp_path / "cache", False)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert cache_shards(Shards([artifact]), tmp_path / "cache", False) == folder
+    assert cache_shards(Shards([artifact]), tmp_path / "cache", False) == [folder]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     def fail(*_):
@@ -216,9 +220,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text(
 
 def test_padding_stays_within_what_the_student_takes(opened):
     artifact, _, index, _ = opened
-    store = TokenStore(
-        cache_shards(Shards([artifact]), Path(artifact.path), False), index, 0, max_tokens=21
-    )
+    store = open_store(artifact, Path(artifact.path), max_tokens=21)
     side = store.read(np.arange(240), 0, 1, 8).passage
     lengths = [ids.shape[1] for ids, _ in side.micro_batches]
     assert max(lengths) == 21 and {length for length in lengths if length < 21} <= {8, 16}
@@ -230,9 +232,7 @@ def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
     index = Shards([artifact]).index
     expected = leaf_order(table)
     for teacher in (True, False):  # both caches of the same shards, side by side
-        store = TokenStore(
-            cache_shards(Shards([artifact]), tmp_path / "cache", teacher), index, 0, teacher
-        )
+        store = open_store(artifact, tmp_path / "cache", teacher)
         pairs = store.read(np.array([7, 200, 31, 90]), 0, 1, 4).pairs
         assert (pairs.teacher_query is not None) == teacher
         if not teacher:
