@@ -148,7 +148,7 @@ class Batch:
 
     Attributes:
         rows: int64 [B], numbers in leaf order, all different; those of blocks first.
-        strata: numbers of the strata of its phase that the rows are from, each once.
+        strata: numbers of the strata of its phase that its blocks are from, each once.
         label: name of the stratum; `SOURCE/mixed` when there are several.
         phase: number of its phase.
         epoch: of that phase, from 0.

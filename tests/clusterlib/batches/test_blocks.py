@@ -69,10 +69,10 @@ def test_settings_say_what_each_policy_does_and_which_there_are():
     for name, leftover in LEFTOVERS.items():
         said = FillConfig.model_fields["leftover"].description
         assert f"{name}: {leftover.description}" in said
-    with pytest.raises(
-        StrataError, match=r"leftover: Input should be 'drop', 'merge' or 'source' \(got 'keep'\)"
-    ):
+    with pytest.raises(StrataError) as raised:
         validate(BatchingConfig, {"global_batch_size": 4, "leftover": "keep"}, "recipe")
+    assert str(raised.value).startswith("recipe: leftover: Input should be 'drop', 'merge' ")
+    assert all(f"'{name}'" in str(raised.value).splitlines()[0] for name in LEFTOVERS)
 
 
 def test_merged_batches_join_the_nearest_first(make_index, epoch_of):

@@ -47,12 +47,11 @@ def test_settings_say_what_each_strategy_is_and_which_there_are():
     for name, strategy in STRATEGIES.items():
         assert f"{name}: {strategy.description}" in FillConfig.model_fields["strategy"].description
         assert set(strategy.uses) < set(FillConfig.model_fields)
-    with pytest.raises(
-        StrataError,
-        match="^recipe: strategy: Input should be 'random', 'source', 'cluster', 'topic' or "
-        r"'neighbors' \(got 'clutser'\)$",
-    ):
+    with pytest.raises(StrataError) as raised:
         validate(BatchingConfig, {"global_batch_size": 4, "strategy": "clutser"}, "recipe")
+    assert str(raised.value).startswith("recipe: strategy: Input should be 'random', 'source', ")
+    assert str(raised.value).endswith(" (got 'clutser')")
+    assert all(f"'{name}'" in str(raised.value).splitlines()[0] for name in STRATEGIES)
 
 
 def test_groups_of_neighbors_must_divide_the_batch():
