@@ -48,12 +48,14 @@ class UnavailableError(StrataError):
 class RetrievalTestConfig(Config):
     """A local retrieval test."""
 
-    name: str = Field(..., pattern=r"^[\w.-]+$")
-    format: Literal["beir", "docstrings"]
+    name: str = Field(..., pattern=r"^[\w.-]+$", description="what tables of scores call it")
+    format: Literal["beir", "docstrings"] = Field(
+        ..., description="beir: a BEIR folder; docstrings: modules of a package that are held out"
+    )
     path: str = Field(
         ..., description="a BEIR folder, local or a URI; a Python package or `stdlib`"
     )
-    split: str = "test"
+    split: str = Field("test", description="for beir: which judgements")
     hold_out: HoldOut = Field("corpus", description=_POLICY)
 
     def located(self, folder: str) -> Self:

@@ -28,7 +28,7 @@ def test_every_setting_is_described():
 def test_a_section_is_what_is_below_its_name():
     names = [setting.name for setting in settings(RunConfig, "train.optimizer")]
     assert "train.optimizer.learning_rate" in names
-    assert all(name.startswith("train.optimizer.") for name in names)
+    assert all(f"{name}.".startswith("train.optimizer.") for name in names)
     (one,) = settings(RunConfig, "cluster.num_fits")
     assert (one.type, one.default) == ("int >= 1", "2")
     assert settings(RunConfig, "cluster.num_leaves")[0].default is None

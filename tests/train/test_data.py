@@ -229,7 +229,6 @@ def test_padding_stays_within_what_the_student_takes(opened):
 def test_teacher_vectors_are_read_with_their_rows(make_shards, tmp_path):
     artifact, table = make_shards(tmp_path / "root", teacher_width=6)
     check_teacher(Shards([artifact]), "a.setting")
-    index = Shards([artifact]).index
     expected = leaf_order(table)
     for teacher in (True, False):  # both caches of the same shards, side by side
         store = open_store(artifact, tmp_path / "cache", teacher)
