@@ -15,6 +15,7 @@ from clusterlib.artifacts.artifact import Root, Spec
 from clusterlib.artifacts.draft import Draft
 from clusterlib.artifacts.tables import MEAN
 from clusterlib.batches.plan import BatchingConfig
+from clusterlib.clusters.shards import Shards
 from train import checkpoint
 from train.config import TrainConfig
 from train.learner import Learner, Run
@@ -117,9 +118,13 @@ def make_run(shards, architecture, tmp_path):
         tests = Scripted(tmp_path / f"{name}-tests")
         tests.folder.mkdir()
         artifact, _ = shards
-        spec = Spec("model", 1, {"train": config, "batching": batching})
+        spec = Spec(
+            "model",
+            1,
+            {**{"train": config, "batching": batching}, "prompts": {"query": "", "document": ""}},
+        )
         draft = Draft(Root(str(tmp_path / name)), spec)
-        return Run(config, batching, artifact, draft, name, tests)
+        return Run(config, batching, Shards([artifact]), draft, name, tests)
 
     return made
 
