@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.config import Config, override, read_yaml, runtime, validate
+from clusterlib.artifacts.storage import bare
 from clusterlib.artifacts.tables import MEAN
 from clusterlib.batches.plan import BatchingConfig, Plan
 from clusterlib.batches.visits import PhaseSummary, summarize
@@ -297,7 +298,7 @@ class Run:
             self.config.tune.metric,
             self.config.tune.max_concurrent,
             f"{self.root.path}/{spec.name}",
-            self.root.fs,
+            bare(self.root.fs),
         )
 
     def _scores_specs(self) -> dict[str, Spec]:

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before Ray, DeepSpeed and transformers are imported, here and in every process the tests start.
 os.environ.update(
@@ -244,6 +245,53 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
 @pytest.fixture
 def shards(tmp_path, make_shards):
     return make_shards(tmp_path / "root")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An empty S3 bucket on loopback; this process and its children find it by their environment.
+
+    Has its `uri`, and `outages`: how many of the next requests are answered with 503.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    store = SimpleNamespace(uri="s3://bucket", outages=0, num_requests=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    answer = server._server.app
+
+    def answer_or_fail(environment, start_response):
+        store.num_requests += 1
+        if not store.outages:
+            return answer(environment, start_response)
+        store.outages -= 1
+        environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
+        body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+        start_response(
+            "503 Slow Down",
+            [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))],
+        )
+        return [body]
+
+    server._server.app = answer_or_fail
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    yield store
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3):
+    """The URI of an empty S3 bucket on loopback."""
+    return s3.uri
 
 
 @pytest.fixture(scope="session")

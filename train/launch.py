@@ -25,6 +25,7 @@ import yaml
 from clusterlib.artifacts.artifact import Artifact, Part, Root, Spec
 from clusterlib.artifacts.config import dump, plain
 from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.storage import bare
 from clusterlib.artifacts.tables import STEPS, TESTS
 from clusterlib.batches.plan import BatchingConfig, Plan
 from clusterlib.batches.visits import summarize
@@ -145,7 +146,7 @@ def _fit(
             # The same name and path make Ray Train go on from the latest checkpoint it finds there.
             name=_CHECKPOINTS,
             storage_path=draft.path,
-            storage_filesystem=draft.root.fs,
+            storage_filesystem=bare(draft.root.fs),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
             callbacks=[_Failures(name, config.max_failures)],
@@ -323,7 +324,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
     dist.broadcast_object_list(found)
     progress = Progress()
     if found[0] is not None:
-        with ray.train.Checkpoint(found[0], draft.root.fs).as_directory() as folder:
+        with ray.train.Checkpoint(found[0], bare(draft.root.fs)).as_directory() as folder:
             progress = checkpoint.load(Path(folder), engine, rank)
     miner = Miner(draft, cache_dir, plan, store, engine, config.micro_batch_size, writes_cache)
     trackers = []

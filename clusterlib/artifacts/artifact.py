@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from clusterlib.artifacts.config import fingerprint
+from clusterlib.artifacts.storage import patient
 from clusterlib.errors import StrataError
 
 MANIFEST = "manifest.json"
@@ -69,7 +70,7 @@ class Part:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, and the path on it.
+    """The file system of a local path or URI, patient where it is not local, and the path on it.
 
     Raises:
         StrataError: neither pyarrow nor fsspec knows the scheme.
@@ -86,7 +87,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise StrataError(f"{uri}: no file system for it: {error}") from error
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
-    return filesystem, path
+    return patient(filesystem), path
 
 
 @dataclass(frozen=True)
