@@ -223,11 +223,11 @@ def sample(
 def of_source(embeddings: Artifact, source: str, columns: list[str]) -> Iterator[pa.Table]:
     """A source's rows, a row group at a time; row groups of other sources are not read."""
     for part in embeddings.parts():
-        file = embeddings.open_parquet(part)
-        place = file.schema_arrow.get_field_index("source")
-        for group in range(file.num_row_groups):
-            statistics: Any = file.metadata.row_group(group).column(place).statistics
-            if statistics is not None and not statistics.min <= source <= statistics.max:
-                continue
-            table = file.read_row_group(group, columns=["pair_id", "source", *columns])
-            yield table.filter(pc.equal(table["source"], source))
+        with embeddings.open_part(part) as file:
+            place = file.schema_arrow.get_field_index("source")
+            for group in range(file.num_row_groups):
+                statistics: Any = file.metadata.row_group(group).column(place).statistics
+                if statistics is not None and not statistics.min <= source <= statistics.max:
+                    continue
+                table = file.read_row_group(group, columns=["pair_id", "source", *columns])
+                yield table.filter(pc.equal(table["source"], source))

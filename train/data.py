@@ -145,13 +145,14 @@ def check_teacher(shards: Artifact, setting: str) -> None:
     Raises:
         StrataError: the shards carry none.
     """
-    if any(
-        not set(_TEACHER) <= set(shards.open_parquet(part).schema_arrow.names)
-        for part in shards.parts()[:1]
-    ):
-        raise StrataError(
-            f"{setting}: {shards.name} carries no teacher vectors; set shard.teacher_vectors=true"
-        )
+    for part in shards.parts()[:1]:
+        with shards.open_part(part) as file:
+            names = set(file.schema_arrow.names)
+        if not set(_TEACHER) <= names:
+            raise StrataError(
+                f"{setting}: {shards.name} carries no teacher vectors; set "
+                "shard.teacher_vectors=true"
+            )
 
 
 def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
@@ -172,7 +173,7 @@ def cache_shards(shards: Artifact, cache_dir: Path, teacher: bool) -> Path:
     building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
     try:
         for number, part in enumerate(shards.parts()):
-            table = shards.open_parquet(part).read(columns=columns).combine_chunks()
+            table = shards.read_part(part, columns).combine_chunks()
             with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
         building.rename(final)

@@ -7,11 +7,13 @@ digest: only what it names is ever read. clusterlib.artifacts.draft says how the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from clusterlib.artifacts.config import fingerprint
-from clusterlib.artifacts.storage import patient
+from clusterlib.artifacts.storage import is_transient, patient
 from clusterlib.errors import StrataError
 
 MANIFEST = "manifest.json"
@@ -60,13 +62,58 @@ class Spec:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of an artifact: a piece of `table`, at `path` inside the artifact's folder."""
+    """One file of an artifact: a piece of `table`, at `path` inside the artifact's folder.
+
+    Attributes:
+        footer_bytes: at the end of a Parquet file, what says where all the rest is and has no
+            checksum of its own; 0 in other files.
+    """
 
     table: str
     path: str
     num_rows: int
     num_bytes: int
     sha256: str
+    footer_bytes: int = 0
+    footer_sha256: str = ""
+
+
+@contextlib.contextmanager
+def open_part(fs: pafs.FileSystem, folder: str, part: Part) -> Iterator[pq.ParquetFile]:
+    """A Parquet part of the artifact, or draft, in `folder`, to be read from inside the context.
+
+    The footer's digest is checked now, the checksum of each page when the page is read.
+
+    Raises:
+        StrataError: the file is gone or damaged.
+        OSError: the store cannot be reached.
+    """
+    path = f"{folder}/{part.path}"
+    try:
+        with fs.open_input_file(path) as file:
+            yield pq.ParquetFile(
+                file,
+                metadata=_footer(file, part),
+                pre_buffer=True,
+                page_checksum_verification=True,
+            )
+    except (OSError, pa.ArrowInvalid) as error:
+        if is_transient(error):
+            raise
+        raise StrataError(
+            f"{path}: named in the manifest but missing or damaged ({error}); "
+            f"delete {folder} and run its stage again"
+        ) from error
+
+
+def _footer(file: pa.NativeFile, part: Part) -> pq.FileMetaData | None:
+    """The metadata at the end of a part; None where no digest of it was kept."""
+    if not part.footer_bytes:
+        return None
+    data = file.read_at(part.footer_bytes, max(0, part.num_bytes - part.footer_bytes))
+    if hashlib.sha256(data).hexdigest() != part.footer_sha256:
+        raise OSError("its footer is not as it was written")
+    return pq.read_metadata(pa.BufferReader(data))
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -141,11 +188,22 @@ class Root:
         return found
 
     def _open(self, name: str) -> Artifact | None:
+        path = f"{self.path}/{name}/{MANIFEST}"
         try:
-            with self.fs.open_input_stream(f"{self.path}/{name}/{MANIFEST}") as stream:
-                return Artifact(self, json.loads(stream.read()))
+            with self.fs.open_input_stream(path) as stream:
+                data = stream.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            manifest = json.loads(data)
+            if not isinstance(manifest, dict) or "parts" not in manifest:
+                raise ValueError("it names no parts")
+        except ValueError as error:
+            raise StrataError(
+                f"{path}: damaged, no manifest any more ({error}); delete {self.path}/{name} and "
+                "run its stage again"
+            ) from error
+        return Artifact(self, manifest)
 
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact, oldest first."""
@@ -219,26 +277,18 @@ class Artifact:
             Part(**part) for part in self.manifest["parts"] if part["table"] == (table or self.kind)
         ]
 
-    def open_parquet(self, part: Part) -> pq.ParquetFile:
-        """Open a part.
-
-        Raises:
-            StrataError: the file is gone or damaged.
-        """
-        path = f"{self.path}/{part.path}"
-        try:
-            return pq.ParquetFile(path, filesystem=self.root.fs, pre_buffer=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StrataError(
-                f"{path}: named in the manifest but missing or damaged ({error}); "
-                f"delete {self.path} and run its stage again"
-            ) from error
+    def open_part(self, part: Part) -> AbstractContextManager[pq.ParquetFile]:
+        """A Parquet part, to be read from inside the context: see `open_part`."""
+        return open_part(self.root.fs, self.path, part)
 
     def read(self, table: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of `table` (by default the artifact's own), in order."""
-        return pa.concat_tables(
-            [self.open_parquet(part).read(columns=columns) for part in self.parts(table)]
-        )
+        return pa.concat_tables([self.read_part(part, columns) for part in self.parts(table)])
+
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a part."""
+        with self.open_part(part) as file:
+            return file.read(columns=columns)
 
     def slices(self, num_rows: int) -> list[Slice]:
         """The artifact's own table cut into slices of at most `num_rows` rows, none across two
@@ -268,19 +318,18 @@ class Artifact:
 
     def read_slice(self, piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a slice; only the row groups that hold them are read."""
-        file = self.open_parquet(piece.part)
-        end = piece.first_row + piece.num_rows
-        groups, skipped, start = [], 0, 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            if stop <= piece.first_row:
-                skipped = stop
-            elif start < end:
-                groups.append(group)
-            start = stop
-        return file.read_row_groups(groups, columns=columns).slice(
-            piece.first_row - skipped, piece.num_rows
-        )
+        with self.open_part(piece.part) as file:
+            end = piece.first_row + piece.num_rows
+            groups, skipped, start = [], 0, 0
+            for group in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(group).num_rows
+                if stop <= piece.first_row:
+                    skipped = stop
+                elif start < end:
+                    groups.append(group)
+                start = stop
+            rows = file.read_row_groups(groups, columns=columns)
+        return rows.slice(piece.first_row - skipped, piece.num_rows)
 
     def download(self, folder: str, into: Path) -> Path:
         """The artifact's `folder` as a local path: itself when the root is local, else a copy in

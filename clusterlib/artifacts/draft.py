@@ -111,14 +111,16 @@ class Draft:
                 compression="zstd",
                 use_dictionary=dictionary,
                 column_encoding=split or None,
+                write_page_checksum=True,
             ) as writer:
                 for group in groups:
                     if group.num_rows:
                         writer.write_table(group, row_group_size=group.num_rows)
                         num_rows += group.num_rows
+                sink.begin_footer()
 
         path, sink = self._replace(f"{table}/{part_id}-{{digest}}.parquet", fill)
-        return Part(table, path, num_rows, sink.num_bytes, sink.sha256)
+        return Part(table, path, num_rows, sink.num_bytes, sink.sha256, *sink.footer())
 
     def write_bytes(self, table: str, path: str, data: bytes) -> Part:
         """Write a file that is no table."""
@@ -141,14 +143,22 @@ class Draft:
         self._replace(f"{_RECEIPTS}/{task_id}.json", lambda stream: stream.write(data))
 
     def receipt(self, task_id: str) -> Receipt | None:
-        """The receipt of a finished task, or None."""
+        """The receipt of a finished task, or None.
+
+        Raises:
+            StrataError: it is damaged.
+        """
+        path = f"{self.path}/{_RECEIPTS}/{task_id}.json"
         try:
-            with self.root.fs.open_input_stream(
-                f"{self.path}/{_RECEIPTS}/{task_id}.json"
-            ) as stream:
+            with self.root.fs.open_input_stream(path) as stream:
                 return Receipt.from_json(stream.read().decode())
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError, LookupError) as error:
+            raise StrataError(
+                f"{path}: damaged, no receipt any more ({error}); delete it, and the same command "
+                "does its task again"
+            ) from error
 
     def receipts(self) -> set[str]:
         """Ids of the tasks that are done."""
@@ -265,21 +275,30 @@ class Draft:
 
 
 class _DigestingSink:
-    """A writable file that keeps the count and the SHA-256 of what passes through."""
+    """A writable file that keeps the count and the SHA-256 of what passes through, and of what does
+    after `begin_footer`.
+    """
 
     closed = False
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._hash = hashlib.sha256()
+        self._footer_hash = hashlib.sha256()
+        self._footer_start: int | None = None
         self.num_bytes = 0
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
+        if self._footer_start is not None:
+            self._footer_hash.update(data)
         self._stream.write(data)
         size = memoryview(data).nbytes
         self.num_bytes += size
         return size
+
+    def begin_footer(self) -> None:
+        self._footer_start = self.num_bytes
 
     def tell(self) -> int:
         return self.num_bytes
@@ -293,6 +312,11 @@ class _DigestingSink:
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
+
+    def footer(self) -> tuple[int, str]:
+        """Bytes since `begin_footer`, and their SHA-256."""
+        assert self._footer_start is not None
+        return self.num_bytes - self._footer_start, self._footer_hash.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -135,12 +135,11 @@ def read_range(
     runs = index.runs(start, stop)
     pieces: list[pa.Table | None] = [None] * len(runs)
     for file in sorted({run[0] for run in runs}):
-        opened = shards.open_parquet(parts[file])
         wanted = sorted({row_group for number, row_group, _, _ in runs if number == file})
-        table = opened.read_row_groups(wanted, columns=columns)
-        sizes = np.array(
-            [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
-        )
+        with shards.open_part(parts[file]) as opened:
+            table = opened.read_row_groups(wanted, columns=columns)
+            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+        sizes = np.array([group.num_rows for group in groups])
         skipped = np.cumsum(np.where(np.isin(np.arange(len(sizes)), wanted), 0, sizes))
         for place, (number, row_group, first_row, num_rows) in enumerate(runs):
             if number == file:

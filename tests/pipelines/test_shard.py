@@ -23,7 +23,7 @@ def test_files_are_blocks_and_each_is_sorted_by_leaf(chain):
         and sum(sizes) == chain.pairs.num_rows
     )
     for part in parts:
-        rows = chain.shards.open_parquet(part).read(columns=["source", "leaf"]).to_pylist()
+        rows = chain.shards.read_part(part, ["source", "leaf"]).to_pylist()
         keys = [(row["source"], row["leaf"]) for row in rows]
         assert keys == sorted(keys)
 
@@ -64,7 +64,7 @@ def test_index_and_tree_are_all_a_plan_needs(chain):
     assert set(index.trees) == set(from_table(chain.centroids.read()))
     files, rows = index.locate(np.arange(index.num_rows))
     pieces = [
-        chain.shards.open_parquet(part).read(columns=["source", "leaf"]).to_pylist()
+        chain.shards.read_part(part, ["source", "leaf"]).to_pylist()
         for part in chain.shards.parts()
     ]
     keys = [

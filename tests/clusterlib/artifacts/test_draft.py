@@ -101,6 +101,15 @@ def test_receipts_survive_json(things, tmp_path):
     assert made.receipt("1") is None
 
 
+@pytest.mark.parametrize("text", ["", '{"parts": [', "[]", "{}", '{"parts": [{}]}', "\xff"])
+def test_a_damaged_receipt_is_one_message(things, tmp_path, text):
+    made = things.draft(tmp_path)
+    made.commit("0", Receipt([]))
+    Path(made.path, "receipts", "0.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(StrataError, match=r"receipts/0\.json: damaged.*; delete it, and the same"):
+        made.receipt("0")
+
+
 def test_drafts_travel_to_workers(things, tmp_path):
     made = pickle.loads(pickle.dumps(things.draft(tmp_path)))  # noqa: S301 - what Ray does with it
     assert made.write("things", "0", things.schema, [things.table(0, 3)]).num_rows == 3
