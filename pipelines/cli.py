@@ -123,9 +123,8 @@ def _do(
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
-        from pipelines.report import REPORT
-
-        click.echo(f"report: {run.report().path}/{REPORT}")
+        report = run.report()
+        click.echo(f"report: {report.path}/{report.parts()[0].path}")
 
 
 @_recipe_command("run", "Run all stages of a recipe, skipping what is done.")

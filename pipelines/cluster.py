@@ -74,7 +74,8 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
         StrataError: no source is large enough for `num_leaves`.
     """
     spec = centroids_spec(config, embeddings.fingerprint)
-    made = root.find(spec)
+    draft = Draft(root, spec)
+    made = draft.find()
     if made is not None:
         return made
     counts = {
@@ -88,7 +89,6 @@ def cluster(config: ClusterConfig, embeddings: Artifact, root: Root) -> Artifact
             f"{largest}, has {counts[largest]} pairs and fits {most} leaves of "
             f"{config.min_pairs_per_leaf} or more; set at most {most}"
         )
-    draft = Draft(root, spec)
     tasks = [Task(source, (source, count), source) for source, count in counts.items()]
     memory_bytes = _check_memory(config, embeddings.stats["width"], counts)
     workers = Workers(

@@ -77,11 +77,11 @@ def embed(config: EmbedConfig, pairs: Artifact, root: Root) -> Artifact:
         StrataError: the teacher cannot be loaded, or gives a zero or non-finite vector.
     """
     spec = embeddings_spec(config, pairs.fingerprint)
-    made = root.find(spec)
+    draft = Draft(root, spec)
+    made = draft.find()
     if made is not None:
         return made
     config.teacher.folder()  # fail here, with one message, rather than in every worker
-    draft = Draft(root, spec)
     tasks = [Task(piece.id, piece, str(piece)) for piece in pairs.slices(config.task_rows)]
     workers = Workers(
         config.min_workers, config.max_workers, config.cpus_per_worker, config.gpus_per_worker

@@ -120,7 +120,8 @@ def evaluate(
     tests = None
     for run, model in models.items():
         spec = scores_spec(config, run, model.fingerprint if isinstance(model, Artifact) else model)
-        found = root.find(spec)
+        draft = Draft(root, spec)
+        found = draft.find()
         if found is not None:
             made[run] = found
             continue
@@ -133,7 +134,6 @@ def evaluate(
             num_gpus=config.gpus_per_worker,
             scheduling_strategy="DEFAULT",
         )(_score)
-        draft = Draft(root, spec)
         pending[run] = draft, task.remote(draft, run, model, tests, config.tasks)
     for run, (draft, reference) in pending.items():
         made[run] = fetch(draft, f"evaluate: {run}", reference)
@@ -159,18 +159,22 @@ def _scores(
     tests: Sequence[RetrievalTest],
     tasks: Sequence[str],
 ) -> Artifact:
-    with tempfile.TemporaryDirectory() as scratch:
+    with draft.signed_in(), tempfile.TemporaryDirectory() as scratch:
         rows, results = _measure(_load(model, Path(scratch)), tests, tasks)
-    parts = [
-        draft.write_bytes(
-            "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
-        )
-        for task, data in results.items()
-    ]
     step = int(model.stats["kept_step"]) if isinstance(model, Artifact) else 0
     table = pa.Table.from_pylist([{"run": run, "step": step, **row} for row in rows], schema=SCORES)
-    parts.append(draft.write("scores", "scores", SCORES, [table]))
-    return draft.publish([Receipt(parts, table.num_rows)])
+
+    def publish() -> Artifact:
+        parts = [
+            draft.write_bytes(
+                "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
+            )
+            for task, data in results.items()
+        ]
+        parts.append(draft.write("scores", "scores", SCORES, [table]))
+        return draft.publish([Receipt(parts, table.num_rows)])
+
+    return draft.unless_made(publish)
 
 
 def _measure(

@@ -55,10 +55,10 @@ def ingest(config: IngestConfig, tests: Sequence[RetrievalTestConfig], root: Roo
         StrataError: an input is missing, damaged or lacks a column, or no usable pair is left.
     """
     spec = pairs_spec(config, tests)
-    made = root.find(spec)
+    draft = Draft(root, spec)
+    made = draft.find()
     if made is not None:
         return made
-    draft = Draft(root, spec)
     tasks = [
         Task(f"{number:04d}-{split.id}", (f"{number:04d}-{split.id}", split), split.file)
         for number, source in enumerate(config.inputs)

@@ -57,7 +57,8 @@ def report(
         inputs: see `report_spec`; all must be finished.
     """
     spec = report_spec(name, inputs)
-    made = root.find(spec)
+    draft = Draft(root, spec)
+    made = draft.find()
     if made is not None:
         return made
 
@@ -98,8 +99,9 @@ def report(
         commit=first["shards"].manifest["commit"],
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
     )
-    draft = Draft(root, spec)
-    return draft.publish([Receipt([draft.write_bytes("report", REPORT, html.encode())])])
+    return draft.unless_made(
+        lambda: draft.publish([Receipt([draft.write_bytes("report", REPORT, html.encode())])])
+    )
 
 
 @dataclass(frozen=True)

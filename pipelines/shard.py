@@ -61,11 +61,11 @@ def shard(config: ShardConfig, embeddings: Artifact, centroids: Artifact, root: 
         StrataError: the tokenizer cannot be loaded.
     """
     spec = shards_spec(config, embeddings.fingerprint, centroids.fingerprint)
-    made = root.find(spec)
+    draft = Draft(root, spec)
+    made = draft.find()
     if made is not None:
         return made
     tokenizer = config.tokenizer.load()
-    draft = Draft(root, spec)
     # The number of rows is in the id: a block of another size is another block.
     tasks = [
         Task(f"{file:06d}-{config.block_rows}", (file, block), ", ".join(map(str, block)))

@@ -21,6 +21,7 @@ import ray.data
 
 from clusterlib.artifacts.artifact import Artifact
 from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.storage import write
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
 
@@ -148,24 +149,19 @@ def make(
                     raise StrataError(row["error"])
                 progress.advance(row["num_rows"])
 
-        told(draft, f"{label}: Ray could not run the tasks", "ray", follow)
+        with draft.signed_in():
+            told(draft, f"{label}: Ray could not run the tasks", "ray", follow)
     progress.close()
-    receipts = [
-        receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None
-    ]
-    if len(receipts) == len(tasks):
-        try:
-            return publish(receipts)
-        except FileNotFoundError:
-            if draft.root.find(draft.spec) is None:
-                raise
-    # Another driver that works on the same artifact was first to publish it, and swept the receipts
-    # or what `publish` was writing.
-    made = draft.root.open(
-        draft.spec.name, "tasks ended without a receipt, which is a fault of Strata's"
-    )
-    draft.sweep(made)
-    return made
+
+    def conclude() -> Artifact:
+        receipts = [
+            receipt for receipt in (draft.receipt(task.id) for task in tasks) if receipt is not None
+        ]
+        if len(receipts) < len(tasks):
+            raise FileNotFoundError(f"{len(tasks) - len(receipts)} tasks left no receipt")
+        return publish(receipts)
+
+    return told(draft, f"{label}: publishing", "publish", lambda: draft.unless_made(conclude))
 
 
 def _pool(workers: Workers, num_tasks: int) -> ray.data.ActorPoolStrategy:
@@ -208,15 +204,12 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
         raise
     # Whatever it was, the user gets one message and we get the traceback.
     except Exception as error:  # noqa: BLE001
-        folder = f"{draft.root.path}/{ERRORS}"
-        path = f"{folder}/{draft.spec.name.replace('/', '-')}-{name}.txt"
+        path = f"{draft.root.path}/{ERRORS}/{draft.spec.name.replace('/', '-')}-{name}.txt"
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
         kept = f"its traceback is in {path}"
         try:
-            draft.root.fs.create_dir(folder, recursive=True)
-            with draft.root.fs.open_output_stream(path) as stream:
-                stream.write(text.encode(errors="backslashreplace"))
+            write(draft.root.fs, path, text.encode(errors="backslashreplace"))
         except OSError as fault:
             kept = f"its traceback could not be written to {path} ({fault})"
         reason = next(iter(str(error).splitlines()), "no message")
@@ -274,16 +267,14 @@ class _Actor:
 
     def _do(self, task: Task) -> int:
         """The number of rows that the task read."""
-        try:
+
+        def do() -> Receipt:
             receipt = self._work(task.work)
             self._draft.commit(task.id, receipt)
-        except OSError:
-            # Another driver may have published the artifact and swept the files this task was
-            # writing.
-            if self._draft.root.find(self._draft.spec) is None:
-                raise
-            return 0
-        return receipt.num_rows_in
+            return receipt
+
+        done = self._draft.unless_made(do)
+        return done.num_rows_in if isinstance(done, Receipt) else 0
 
 
 class ProgressLine:

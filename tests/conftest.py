@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,7 +176,7 @@ def beir_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_shards(tokenizer_folder):
     """Makes a `shards` artifact of random tokens under a root: see `_shards`."""
-    return lambda root, **options: _shards(root, tokenizer_folder, **options)
+    return lambda root, tokenizer=tokenizer_folder, **options: _shards(root, tokenizer, **options)
 
 
 def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher_width=0):
@@ -276,6 +277,8 @@ def s3(monkeypatch):
 
     server._server.app = answer_or_fail
     host, port = server.get_host_and_port()
+    # Its state outlives the server.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     for name, value in (
         ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
         ("AWS_ACCESS_KEY_ID", "test"),

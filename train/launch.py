@@ -25,6 +25,7 @@ import yaml
 from clusterlib.artifacts.artifact import Artifact, Part, Root, Spec
 from clusterlib.artifacts.config import dump, plain
 from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.lease import HeldError, Lease
 from clusterlib.artifacts.storage import bare
 from clusterlib.artifacts.tables import STEPS, TESTS
 from clusterlib.batches.plan import BatchingConfig, Plan
@@ -92,11 +93,12 @@ def train(
         are tests in the loop, `tests`.
 
     Raises:
-        StrataError: the settings do not fit the shards or each other; a rank failed in a way that
-            would come again; more workers or nodes were lost than `config.max_failures`.
+        StrataError: the settings do not fit the shards or each other; another driver trains the
+            same model; a rank failed in a way that would come again; more workers or nodes were
+            lost than `config.max_failures`.
     """
-    spec = model_spec(config, batching, shards.fingerprint, tests)
-    made = root.find(spec)
+    draft = Draft(root, model_spec(config, batching, shards.fingerprint, tests))
+    made = draft.find()
     if made is not None:
         return made
     check_trackers(config.trackers)
@@ -110,13 +112,20 @@ def train(
     config.loss.check_width(architecture.hidden_size)
     for setting in teacher_settings(config, batching):
         check_teacher(shards, setting)
-    draft = Draft(root, spec)
-    receipt = draft.receipt(EXPORT)
+    try:
+        with draft.alone() as lease:
+            receipt = draft.receipt(EXPORT)
+            made = root.peek(draft.spec.name)  # after the receipt, which is swept when it is there
+            if receipt is None and made is None:
+                _fit(config, batching, shards, draft, name, tests, lease)
+                receipt = draft.receipt(EXPORT)
+    except HeldError as held:
+        raise StrataError(f"train {name}: another driver trains this model: {held}") from None
     if receipt is None:
-        _fit(config, batching, shards, draft, name, tests)
-        receipt = draft.receipt(EXPORT)
-    if receipt is None:
-        raise RuntimeError(f"{draft.path}: training ended without an exported model")
+        made = draft.find()
+        if made is None:
+            raise RuntimeError(f"{draft.path}: training ended without an exported model")
+        return made
     return draft.publish([receipt], receipt.stats)
 
 
@@ -127,6 +136,7 @@ def _fit(
     draft: Draft,
     name: str,
     tests: Tests | None,
+    lease: Lease,
 ) -> None:
     """Run the ranks to the end, restarting them from the latest checkpoint when one is lost."""
     trainer = ray.train.torch.TorchTrainer(
@@ -138,6 +148,7 @@ def _fit(
             "draft": draft,
             "name": name,
             "tests": tests,
+            "lease": lease,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu
@@ -284,6 +295,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
     shards: Artifact = settings["shards"]
     draft: Draft = settings["draft"]
     tests: Tests = settings["tests"]
+    lease: Lease = settings["lease"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
     device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
@@ -351,6 +363,8 @@ def _learn(settings: Mapping[str, Any]) -> None:
         ray.train.collective.barrier()
 
     def on_checkpoint(progress: Progress) -> None:
+        if rank == 0:
+            lease.check()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), engine, progress, config, rank)
             ray.train.report(
@@ -376,6 +390,7 @@ def _learn(settings: Mapping[str, Any]) -> None:
     )
     miner.forget()
     if rank == 0:
+        lease.check()
         _finish(draft, shards, engine, tokenizer, plan, progress)
         for tracker in trackers:
             tracker.close()

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from clusterlib.artifacts.config import fingerprint
-from clusterlib.artifacts.storage import is_transient, patient
+from clusterlib.artifacts.storage import is_transient, listing, patient
 from clusterlib.errors import StrataError
 
 MANIFEST = "manifest.json"
@@ -173,21 +173,34 @@ class Root:
             ) from error
 
     def find(self, spec: Spec) -> Artifact | None:
-        """The finished artifact of `spec`, or None."""
-        return self._open(spec.name)
-
-    def open(self, name: str, remedy: str) -> Artifact:
-        """The finished artifact `kind/fingerprint`.
+        """The finished artifact of `spec`, all its files there, or None.
 
         Raises:
-            StrataError: it is not there; the message ends with `remedy`.
+            StrataError: its manifest is damaged, or a file named there is gone or cut short.
         """
-        found = self._open(name)
-        if found is None:
-            raise StrataError(f"{self.path}/{name}: no finished artifact there; {remedy}")
+        found = self.peek(spec.name)
+        if found is not None:
+            found.check()
         return found
 
-    def _open(self, name: str) -> Artifact | None:
+    def open(self, name: str, remedy: str) -> Artifact:
+        """The finished artifact `kind/fingerprint`, all its files there.
+
+        Raises:
+            StrataError: it is not there, the message ends with `remedy`; or as in `find`.
+        """
+        found = self.peek(name)
+        if found is None:
+            raise StrataError(f"{self.path}/{name}: no finished artifact there; {remedy}")
+        found.check()
+        return found
+
+    def peek(self, name: str) -> Artifact | None:
+        """The artifact `kind/fingerprint` if it has a manifest; its files are not looked for.
+
+        Raises:
+            StrataError: the manifest is damaged.
+        """
         path = f"{self.path}/{name}/{MANIFEST}"
         try:
             with self.fs.open_input_stream(path) as stream:
@@ -206,13 +219,13 @@ class Root:
         return Artifact(self, manifest)
 
     def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, oldest first."""
+        """Every finished artifact, oldest first; see `peek`."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         found = []
         for kind in self.fs.get_file_info(selector):
             if kind.type == pafs.FileType.Directory:
                 for entry in self.fs.get_file_info(pafs.FileSelector(kind.path)):
-                    artifact = self._open(f"{kind.base_name}/{entry.base_name}")
+                    artifact = self.peek(f"{kind.base_name}/{entry.base_name}")
                     if artifact is not None:
                         found.append(artifact)
         return sorted(found, key=lambda artifact: artifact.manifest["created_utc"])
@@ -331,36 +344,69 @@ class Artifact:
             rows = file.read_row_groups(groups, columns=columns)
         return rows.slice(piece.first_row - skipped, piece.num_rows)
 
-    def download(self, folder: str, into: Path) -> Path:
-        """The artifact's `folder` as a local path: itself when the root is local, else a copy in
+    def folder(self, table: str) -> str:
+        """Path of the folder whose files are the parts of `table`."""
+        return f"{self.path}/{self.parts(table)[0].path.partition('/')[0]}"
+
+    def download(self, table: str, into: Path) -> Path:
+        """The folder of `table` as a local path: itself when the root is local, else a copy in
         `into`.
+
+        Raises:
+            StrataError: a file is missing, or differs from what was written.
         """
+        self.verify(table)
         if self.root.is_local:
-            return Path(self.path) / folder
+            return Path(self.folder(table))
         into.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(
-            f"{self.path}/{folder}",
+            self.folder(table),
             str(into),
             source_filesystem=self.root.fs,
             destination_filesystem=pafs.LocalFileSystem(),
         )
         return into
 
-    def verify(self) -> None:
-        """Read every part and compare it with the manifest.
+    def check(self) -> dict[str, pafs.FileInfo]:
+        """See whether all files that the manifest names are there, with as many bytes: one listing.
+
+        Returns:
+            What is in the artifact's folder, by the path there.
+
+        Raises:
+            StrataError: one is gone or has another size.
+        """
+        found = listing(self.root.fs, self.path)
+        for part in self.manifest["parts"]:
+            info = found.get(part["path"])
+            if info is None or info.size != part["num_bytes"]:
+                state = "missing" if info is None else f"of {info.size} bytes"
+                raise StrataError(
+                    f"{self.path}/{part['path']}: named in the manifest with {part['num_bytes']} "
+                    f"bytes, but {state}; delete {self.path} and run its stage again"
+                )
+        return found
+
+    def verify(self, table: str | None = None) -> None:
+        """Read every part, or those of one table, and compare them with the manifest.
 
         Raises:
             StrataError: a part is missing, or differs from what was written.
         """
+        remedy = f"delete {self.path} and run its stage again"
         for part in (Part(**part) for part in self.manifest["parts"]):
+            if table not in (None, part.table):
+                continue
             path = f"{self.path}/{part.path}"
             try:
                 with self.root.fs.open_input_stream(path) as stream:
                     digest = hashlib.file_digest(_Readable(stream), "sha256").hexdigest()
             except FileNotFoundError as error:
-                raise StrataError(f"{path}: named in the manifest but missing") from error
+                raise StrataError(f"{path}: named in the manifest but missing; {remedy}") from error
             if digest != part.sha256:
-                raise StrataError(f"{path}: its bytes differ from those the manifest names")
+                raise StrataError(
+                    f"{path}: its bytes differ from those the manifest names; {remedy}"
+                )
 
 
 class _Readable:
@@ -385,7 +431,7 @@ def lineage(artifact: Artifact) -> Iterator[tuple[int, str, Artifact | None]]:
     yield 0, artifact.name, artifact
     for kind, made_from in artifact.manifest["inputs"].items():
         name = f"{kind.split('.')[0]}/{made_from}"
-        upstream = artifact.root._open(name)
+        upstream = artifact.root.peek(name)
         if upstream is None:
             yield 1, name, None
         else:

@@ -1,19 +1,22 @@
-"""Stores that fail for a moment are asked again.
+"""What is asked of file systems, local and remote, beyond what pyarrow's do by themselves.
 
-Two layers, for two lengths of trouble. Single requests are repeated by the store's own client: S3's
-with exponential backoff and jitter for about half a minute, which covers reads and writes midway in
-a file and says nothing (by itself, pyarrow asks 31 times within 6 seconds, then fails);
-Google's client for up to 15 minutes. What that does not mend is done again here, whole: looking at,
-listing, opening, moving and deleting files. That is bounded, counted and said in the log.
+Stores that fail for a moment are asked again, in two layers. Single requests are repeated by the
+store's own client: S3's with exponential backoff and jitter for about 40 s, which covers reads and
+writes in the midst of a file and says nothing (by itself, pyarrow asks 31 times within 6 s and
+fails); Google's for 15 minutes. What that does not mend is done again here, whole: looking at,
+listing, opening, moving and deleting files; that is bounded, counted and said in the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import random
 import re
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +56,7 @@ def is_transient(error: BaseException) -> bool:
 
 def patient(fs: pafs.FileSystem) -> pafs.FileSystem:
     """The file system, asked again where it fails for a moment; a local one as it is."""
-    if isinstance(fs, pafs.LocalFileSystem):
+    if _is_posix(fs):
         return fs
     return pafs.PyFileSystem(Patient(fs))
 
@@ -63,6 +66,70 @@ def bare(fs: pafs.FileSystem) -> pafs.FileSystem:
     if isinstance(fs, pafs.PyFileSystem) and isinstance(fs.handler, Patient):
         return fs.handler.fs
     return fs
+
+
+def listing(fs: pafs.FileSystem, folder: str) -> dict[str, pafs.FileInfo]:
+    """All that is below a folder, by its path from there; nothing where there is no folder."""
+    selector = pafs.FileSelector(folder, allow_not_found=True, recursive=True)
+    return {info.path[len(folder) + 1 :]: info for info in fs.get_file_info(selector)}
+
+
+def write(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Write a small file with its folder, though others may be sweeping there."""
+    for tries_left in reversed(range(10)):
+        try:
+            fs.create_dir(path.rpartition("/")[0], recursive=True)
+            with fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        except FileNotFoundError:  # the folder was swept between the two
+            if not tries_left:
+                raise
+
+
+def create(fs: pafs.FileSystem, path: str, data: bytes) -> bool:
+    """Write a file, whole, unless there is one, however many try at once.
+
+    Returns:
+        False where the store has no such operation, and nothing was written: all but POSIX file
+        systems with hard links. (S3 has, as If-None-Match, but pyarrow does not offer it.)
+
+    Raises:
+        FileExistsError: there is one.
+        FileNotFoundError: what was written was swept before it had its name.
+    """
+    if not _is_posix(fs):
+        return False
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    write(fs, temporary, data)
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(temporary)
+    return True
+
+
+def _is_posix(fs: pafs.FileSystem) -> bool:
+    return isinstance(fs, pafs.LocalFileSystem)
+
+
+def delete(fs: pafs.FileSystem, info: pafs.FileInfo) -> None:
+    """Delete a file, or a folder with all in it; what others delete or write there meanwhile does
+    not matter.
+    """
+    try:
+        if info.type == pafs.FileType.Directory:
+            fs.delete_dir(info.path)
+        else:
+            fs.delete_file(info.path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and error.errno != errno.ENOTEMPTY:
+            raise
 
 
 class Patient(pafs.FileSystemHandler):

@@ -12,9 +12,12 @@ import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
+from clusterlib.artifacts import lease
+from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.errors import StrataError
-from train.launch import train, will_come_again
+from train import launch
+from train.launch import model_spec, train, will_come_again
 from train.loop import TrainConfig
 
 
@@ -225,6 +228,80 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_message(
         )
 
 
+@pytest.fixture
+def second(shards, architecture, monkeypatch):
+    """(the draft of a model, a driver that trains it whose ranks are left out)."""
+    artifact, _ = shards
+    config = TrainConfig(
+        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    draft = Draft(artifact.root, model_spec(config, batching, artifact.fingerprint))
+
+    def fit(self):
+        draft.commit("export", Receipt([], stats={"by": "second"}))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fit)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    return draft, lambda: train(config, batching, artifact, artifact.root, "test")
+
+
+def test_a_second_driver_of_a_model_is_told_who_trains_it(second):
+    """Item 13: two would share Ray Train's checkpoint folder."""
+    draft, drive = second
+    with (
+        draft.alone(),
+        pytest.raises(
+            StrataError,
+            match=rf"^train test: another driver trains this model: .*process {os.getpid()} on .* "
+            "since 20.*; let it end, or end it, and run the same command again$",
+        ),
+    ):
+        drive()
+    assert drive().stats["by"] == "second"
+
+
+def test_a_driver_that_waited_for_the_model_finds_it(second, monkeypatch):
+    """The first ends between the second's look for the model and its own turn."""
+    draft, drive = second
+    look = Draft.find
+    first = iter([draft])
+
+    def find(self):
+        made = look(self)
+        for other in first:
+            other.publish([Receipt([], stats={})], {"by": "first"})
+        return made
+
+    monkeypatch.setattr(Draft, "find", find)
+    assert drive().stats["by"] == "first"
+
+
+def test_ranks_of_a_driver_that_was_taken_for_dead_write_nothing_more(
+    ray_running, shards, tmp_path, architecture, monkeypatch
+):
+    artifact, _ = shards
+    config = TrainConfig(
+        student={"architecture": architecture},
+        optimizer={"learning_rate": 1e-3},
+        steps=4,
+        checkpoint_every_steps=2,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    draft = Draft(artifact.root, model_spec(config, batching, artifact.fingerprint))
+    fit = launch._fit
+
+    def overtaken(config, batching, shards, draft, name, tests, held):
+        held._write("dead", {})
+        fit(config, batching, shards, draft, name, tests, held)
+
+    monkeypatch.setattr(launch, "_fit", overtaken)
+    with pytest.raises(StrataError, match="gave no sign for 60 s, so another took its place"):
+        train(config, batching, artifact, artifact.root, "test")
+    assert not list(Path(draft.path, "checkpoints").glob("step-*")) and not draft.receipts()
+
+
 def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
     ray_running, shards, tmp_path, architecture
 ):
@@ -277,7 +354,7 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
         made.stats["kept_step"] == 2
         and made.stats["num_steps"] == 4 == made.parts("steps")[0].num_rows
     )
-    assert "after step 2." in Path(made.path, "export", "README.md").read_text()
+    assert "after step 2." in Path(made.folder("export"), "README.md").read_text()
 
     def weights(folder):
         return {
@@ -285,7 +362,7 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
             for name, weight in load_file(folder / "model.safetensors").items()
         }
 
-    kept = weights(Path(made.path, "export"))
+    kept = weights(Path(made.folder("export")))
     assert [kept == weights(seen / f"{step}") for step in (1, 2, 3, 4)] == [
         False,
         True,

@@ -144,11 +144,11 @@ def test_other_file_systems_go_through_fsspec(things, tmp_path):
     root = Root("memory://workspace")
     made = Draft(root, Spec("things", 1, {}))
     part = made.write("things", "0", things.schema, [things.table(0, 3)])
-    artifact = made.publish([Receipt([part], 3)])
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "a.txt").write_bytes(b"hello")
+    artifact = made.publish([Receipt([part, *made.write_folder("extra", tmp_path / "extra")], 3)])
     assert artifact.read()["x"].to_pylist() == [0, 1, 2]
     assert not root.is_local
-    made.root.fs.create_dir(f"{artifact.path}/extra")
-    made.write_bytes("extra", "extra/a.txt", b"hello")
     assert (artifact.download("extra", tmp_path / "copy") / "a.txt").read_bytes() == b"hello"
 
 

@@ -3,6 +3,10 @@
 import errno
 import pickle
 import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.fs as pafs
 import pytest
@@ -114,6 +118,31 @@ def test_what_would_come_again_is_not_tried_again(faulty, error, capsys):
 )
 def test_these_are_transient(error):
     assert storage.is_transient(error)
+
+
+def test_of_many_who_create_a_file_one_does(tmp_path):
+    fs, path = pafs.LocalFileSystem(), str(tmp_path / "folder" / "file")
+
+    def create(number):
+        try:
+            return storage.create(fs, path, f"{number}".encode()) and number
+        except FileExistsError:
+            return None
+
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        with ThreadPoolExecutor(8) as drivers:
+            (first,) = {number for number in drivers.map(create, range(1, 9)) if number}
+        assert Path(path).read_text() == f"{first}"
+        assert [found.name for found in Path(path).parent.iterdir()] == ["file"]
+
+
+def test_stores_that_cannot_link_say_so_and_write_nothing(tmp_path, monkeypatch):
+    memory = Root("memory://workspace").fs
+    assert not storage.create(memory, "/workspace/file", b"")
+    monkeypatch.setattr("os.link", Mock(side_effect=OSError(errno.EPERM, "as on FAT")))
+    assert not storage.create(pafs.LocalFileSystem(), str(tmp_path / "file"), b"")
+    assert not list(tmp_path.iterdir())
 
 
 def test_s3_is_asked_again_in_the_midst_of_files_and_stays_patient_in_other_processes(
