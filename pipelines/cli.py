@@ -110,10 +110,8 @@ def _do(
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
-        from pipelines.report import REPORT
-
         (report,) = run.make("report")
-        click.echo(f"report: {report.path}/{REPORT}")
+        click.echo(f"report: {report.path}/{report.parts()[0].path}")
 
 
 @_recipe_command("run", "Run all stages of a recipe, skipping what is done.")

@@ -187,19 +187,23 @@ def _score(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTe
 
 def _scores(draft: Draft, model: Artifact | ModelRef, tests: Sequence[RetrievalTest]) -> None:
     config: EvaluateConfig = draft.spec.config["evaluate"]
-    with tempfile.TemporaryDirectory() as scratch:
+    with draft.signed_in(), tempfile.TemporaryDirectory() as scratch:
         rows, results = _measure(_load(model, Path(scratch)), tests, config.task_names)
-    parts = [
-        draft.write_bytes(
-            "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
-        )
-        for task, data in results.items()
-    ]
     step = int(model.stats["kept_step"]) if isinstance(model, Artifact) else 0
     run = draft.spec.config["run"]
     table = pa.Table.from_pylist([{"run": run, "step": step, **row} for row in rows], schema=SCORES)
-    parts.append(draft.write("scores", "scores", SCORES, [table]))
-    draft.publish([Receipt(parts, table.num_rows)])
+
+    def publish() -> Artifact:
+        parts = [
+            draft.write_bytes(
+                "mteb", f"mteb/{task}.json", json.dumps(data, indent=1, default=str).encode()
+            )
+            for task, data in results.items()
+        ]
+        parts.append(draft.write("scores", "scores", SCORES, [table]))
+        return draft.publish([Receipt(parts, table.num_rows)])
+
+    draft.unless_made(publish)
 
 
 def _measure(

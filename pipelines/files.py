@@ -208,7 +208,7 @@ class Location:
             StrataError: the file is missing or damaged, or two columns have a wanted name.
         """
         try:
-            file = pq.ParquetFile(self.path, filesystem=self.fs)
+            file = pq.ParquetFile(self.path, filesystem=self.fs, page_checksum_verification=True)
             names = file.schema_arrow.names
             columns = list(wanted(names))
             check_distinct(self.path, columns, names)

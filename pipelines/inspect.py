@@ -36,7 +36,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             "num_bytes": sum(part.num_bytes for part in parts),
         }
         if parts[0].path.endswith(".parquet"):
-            schema = artifact.open_parquet(parts[0]).schema_arrow
+            with artifact.open_part(parts[0]) as file:
+                schema = file.schema_arrow
             tables[table]["columns"] = {field.name: str(field.type) for field in schema}
         else:
             tables[table]["files"] = [part.path for part in parts]

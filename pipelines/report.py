@@ -62,12 +62,14 @@ class Report(Stage):
 
     def make(self, specs: Sequence[Spec], root: Root) -> None:
         for spec in specs:
-            draft = Draft(root, spec)
-            html = _html(_Found(spec, root)).encode()
-            draft.publish([Receipt([draft.write_bytes("report", REPORT, html)])])
+            _publish(Draft(root, spec), _html(_Found(spec, root)).encode())
 
 
 STAGE = Report()
+
+
+def _publish(draft: Draft, html: bytes) -> None:
+    draft.unless_made(lambda: draft.publish([Receipt([draft.write_bytes("report", REPORT, html)])]))
 
 
 class _Found:

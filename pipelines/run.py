@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.storage import bare
 from clusterlib.batches.plan import Batch, Plan
 from clusterlib.batches.visits import PhaseSummary, summarize
 from clusterlib.clusters.shards import Shards, read_range
@@ -252,7 +253,7 @@ class Run:
         trials = [self._trial(changes) for changes in combinations(tune.space)]
         spec = Spec("tune", 2, {"tune": tune}, self._first_arm.specs("shards"))
         folder = f"{self.root.path}/{spec.name}"
-        return search(trials, tune.metric, tune.max_concurrent, folder, self.root.fs)
+        return search(trials, tune.metric, tune.max_concurrent, folder, bare(self.root.fs))
 
     @property
     def _first_arm(self) -> Arm:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
+from clusterlib.artifacts.draft import Draft
 
 if TYPE_CHECKING:
     from pipelines.run import Arm
@@ -40,7 +41,7 @@ class Stage(ABC):
 def find_or_make(stage: Stage, specs: Iterable[Spec], root: Root) -> list[Artifact]:
     """The artifacts of the specs, each once; what is not there is made."""
     wanted = {spec.name: spec for spec in specs}
-    missing = [spec for spec in wanted.values() if root.find(spec) is None]
+    missing = [spec for spec in wanted.values() if Draft(root, spec).find() is None]
     if missing:
         stage.make(missing, root)
     return [root.open(spec) for spec in wanted.values()]

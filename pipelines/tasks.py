@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import sys
 import time
@@ -16,6 +17,7 @@ import ray.data
 
 from clusterlib.artifacts.artifact import Artifact
 from clusterlib.artifacts.draft import Draft, Receipt
+from clusterlib.artifacts.storage import write
 from clusterlib.errors import StrataError
 
 ERRORS = "errors"  # folder of a root: tracebacks of what nobody expected
@@ -87,17 +89,21 @@ def make(stage: str, jobs: Sequence[Job], workers: Workers) -> list[Artifact]:
         if task.id not in done[number]
     ]
     num_left = Counter(number for number, _ in todo)
-    made = {number: _publish(job) for number, job in enumerate(jobs) if not num_left[number]}
+    made = {number: _publish(stage, job) for number, job in enumerate(jobs) if not num_left[number]}
     progress = ProgressLine(stage, len(todo), sum(len(job.tasks) for job in jobs) - len(todo))
-    rows = _signed(stage, jobs, todo, workers) if todo else iter(())
     subject = f"{stage}: Ray could not run the tasks"
-    while (row := told(jobs[0].draft, subject, "ray", lambda: next(rows, None))) is not None:
-        if row["error"]:
-            raise StrataError(row["error"])
-        progress.advance(row["num_rows"])
-        num_left[row["job"]] -= 1
-        if not num_left[row["job"]]:
-            made[row["job"]] = _publish(jobs[row["job"]])
+    with contextlib.ExitStack() as stack:
+        for number, job in enumerate(jobs):
+            if num_left[number]:
+                stack.enter_context(job.draft.signed_in())
+        rows = _signed(stage, jobs, todo, workers) if todo else iter(())
+        while (row := told(jobs[0].draft, subject, "ray", lambda: next(rows, None))) is not None:
+            if row["error"]:
+                raise StrataError(row["error"])
+            progress.advance(row["num_rows"])
+            num_left[row["job"]] -= 1
+            if not num_left[row["job"]]:
+                made[row["job"]] = _publish(stage, jobs[row["job"]])
     progress.close()
     return [made[number] for number in range(len(jobs))]
 
@@ -121,22 +127,21 @@ def _signed(
     return iter(signed.iter_rows())
 
 
-def _publish(job: Job) -> Artifact:
+def _publish(stage: str, job: Job) -> Artifact:
     draft = job.draft
-    receipts = [
-        receipt for receipt in (draft.receipt(task.id) for task in job.tasks) if receipt is not None
-    ]
-    if len(receipts) == len(job.tasks):
-        try:
-            return job.publish(receipts)
-        except FileNotFoundError:
-            if draft.root.find(draft.spec) is None:
-                raise
-    # Another driver that works on the same artifact was first to publish it, and swept the receipts
-    # or what `publish` was writing.
-    made = draft.root.open(draft.spec)
-    draft.sweep(made)
-    return made
+
+    def conclude() -> Artifact:
+        receipts = [
+            receipt
+            for receipt in (draft.receipt(task.id) for task in job.tasks)
+            if receipt is not None
+        ]
+        if len(receipts) < len(job.tasks):
+            raise FileNotFoundError(f"{len(job.tasks) - len(receipts)} tasks left no receipt")
+        return job.publish(receipts)
+
+    subject = f"{stage} {draft.spec.label}: publishing"
+    return told(draft, subject, "publish", lambda: draft.unless_made(conclude))
 
 
 def _pool(workers: Workers, num_tasks: int) -> ray.data.ActorPoolStrategy:
@@ -179,15 +184,12 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
         raise
     # Whatever it was, the user gets one message and we get the traceback.
     except Exception as error:  # noqa: BLE001
-        folder = f"{draft.root.path}/{ERRORS}"
-        path = f"{folder}/{draft.spec.name.replace('/', '-')}-{name}.txt"
+        path = f"{draft.root.path}/{ERRORS}/{draft.spec.name.replace('/', '-')}-{name}.txt"
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
         kept = f"its traceback is in {path}"
         try:
-            draft.root.fs.create_dir(folder, recursive=True)
-            with draft.root.fs.open_output_stream(path) as stream:
-                stream.write(text.encode(errors="backslashreplace"))
+            write(draft.root.fs, path, text.encode(errors="backslashreplace"))
         except OSError as fault:
             kept = f"its traceback could not be written to {path} ({fault})"
         reason = next(iter(str(error).splitlines()), "no message")
@@ -236,18 +238,16 @@ class _Actor:
     def _do(self, number: int, task: Task) -> int:
         """The number of rows that the task read."""
         job = self._jobs[number]
-        try:
+
+        def do() -> Receipt:
             if number not in self._workers:
                 self._workers[number] = job.worker()
             receipt = self._workers[number](task.work)
             job.draft.commit(task.id, receipt)
-        except OSError:
-            # Another driver may have published the artifact and swept the files this task was
-            # writing.
-            if job.draft.root.find(job.draft.spec) is None:
-                raise
-            return 0
-        return receipt.num_rows_in
+            return receipt
+
+        done = job.draft.unless_made(do)
+        return done.num_rows_in if isinstance(done, Receipt) else 0
 
 
 class ProgressLine:

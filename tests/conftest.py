@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before Ray, DeepSpeed and transformers are imported, here and in every process the tests start.
 os.environ.update(
@@ -174,7 +176,7 @@ def beir_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_shards(tokenizer_folder):
     """Makes a `shards` artifact of random tokens under a root: see `_shards`."""
-    return lambda root, **options: _shards(root, tokenizer_folder, **options)
+    return lambda root, tokenizer=tokenizer_folder, **options: _shards(root, tokenizer, **options)
 
 
 def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher_width=0):
@@ -244,6 +246,55 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
 @pytest.fixture
 def shards(tmp_path, make_shards):
     return make_shards(tmp_path / "root")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An empty S3 bucket on loopback; this process and its children find it by their environment.
+
+    Has its `uri`, and `outages`: how many of the next requests are answered with 503.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    store = SimpleNamespace(uri="s3://bucket", outages=0, num_requests=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    answer = server._server.app
+
+    def answer_or_fail(environment, start_response):
+        store.num_requests += 1
+        if not store.outages:
+            return answer(environment, start_response)
+        store.outages -= 1
+        environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
+        body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+        start_response(
+            "503 Slow Down",
+            [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))],
+        )
+        return [body]
+
+    server._server.app = answer_or_fail
+    host, port = server.get_host_and_port()
+    # Its state outlives the server.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    yield store
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3):
+    """The URI of an empty S3 bucket on loopback."""
+    return s3.uri
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def _cache(artifact: Artifact, cache_dir: Path, teacher: bool) -> Path:
     building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
     try:
         for number, part in enumerate(artifact.parts()):
-            table = artifact.open_parquet(part).read(columns=columns).combine_chunks()
+            table = artifact.read_part(part, columns).combine_chunks()
             with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
         building.rename(final)

@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.draft import Draft
+from clusterlib.artifacts.lease import HeldError, Lease
+from clusterlib.artifacts.storage import bare
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
@@ -73,28 +75,37 @@ def train(spec: Spec, root: Root, tests: Tests | None = None) -> Artifact:
 
     Raises:
         StrataError: the settings do not fit the shards or each other; a rank failed in a way that
-            would come again; more workers or nodes were lost than `max_failures`.
+            would come again; another driver trains the same model; more workers or nodes were
+            lost than `max_failures`.
     """
     config: TrainConfig = spec.config["train"]
     batching: BatchingConfig = spec.config["batching"]
     shards = open_shards(spec, root)
     check(config, batching, shards)
     draft = Draft(root, spec)
-    receipt = draft.receipt(EXPORT)
+    try:
+        with draft.alone() as lease:
+            receipt = draft.receipt(EXPORT)
+            made = root.peek(spec.name)  # after the receipt, which is swept when it is there
+            if receipt is None and made is None:
+                _fit(Run(config, batching, shards, draft, spec.label, tests), lease)
+                receipt = draft.receipt(EXPORT)
+    except HeldError as held:
+        raise StrataError(f"train {spec.label}: another driver trains this model: {held}") from None
     if receipt is None:
-        _fit(Run(config, batching, shards, draft, spec.label, tests))
-        receipt = draft.receipt(EXPORT)
-    if receipt is None:
-        raise RuntimeError(f"{draft.path}: training ended without an exported model")
+        made = draft.find()
+        if made is None:
+            raise RuntimeError(f"{draft.path}: training ended without an exported model")
+        return made
     return draft.publish([receipt], receipt.stats)
 
 
-def _fit(run: Run) -> None:
+def _fit(run: Run, lease: Lease) -> None:
     """Run the ranks to the end, restarting them from the latest checkpoint when one is lost."""
     config, draft, name = run.config, run.draft, run.name
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"run": run},
+        train_loop_config={"run": run, "lease": lease},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu
         ),
@@ -102,7 +113,7 @@ def _fit(run: Run) -> None:
             # The same name and path make Ray Train go on from the latest checkpoint it finds there.
             name=_CHECKPOINTS,
             storage_path=draft.path,
-            storage_filesystem=draft.root.fs,
+            storage_filesystem=bare(draft.root.fs),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
             callbacks=[_Failures(name, config.max_failures)],
@@ -204,8 +215,9 @@ def _worker(settings: Mapping[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     run: Run = settings["run"]
     try:
-        learner = Learner(run, _RayTrain(run))
+        learner = Learner(run, _RayTrain(run, settings["lease"]))
         learner.fit()
+        settings["lease"].check()
         learner.finish()
     except StrataError:
         raise
@@ -235,11 +247,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 class _RayTrain:
     """What a learner asks of its surroundings, on a worker of Ray Train."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, lease: Lease) -> None:
+        self._lease = lease
         self.device = ray.train.torch.get_device() if run.config.use_gpu else torch.device("cpu")
         self.local_rank = ray.train.get_context().get_local_rank()
         self.checkpoints = f"{run.draft.path}/{_CHECKPOINTS}"
-        self._fs = run.draft.root.fs
+        self._fs = bare(run.draft.root.fs)
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
@@ -255,6 +268,8 @@ class _RayTrain:
             yield Path(folder)
 
     def keep_checkpoint(self, folder: Path, step: int) -> None:
+        if ranks.place()[0] == 0:
+            self._lease.check()
         kept = ray.train.Checkpoint.from_directory(folder) if ranks.place()[0] == 0 else None
         # A name is used once: Ray Train keeps count of a damaged one of the same step and deletes
         # it later.

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from clusterlib.artifacts.artifact import open_part
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import fixed_size_list, neighbors_schema, vectors
 from clusterlib.batches.blocks import Stratum
@@ -140,8 +140,8 @@ class Miner:
             table = np.lib.format.open_memmap(f"{folder}/table.npy", "w+", np.int64, shape)
             first = 0
             for part in receipt.parts:
-                with self.draft.root.fs.open_input_file(f"{self.draft.path}/{part.path}") as stream:
-                    for batch in pq.ParquetFile(stream).iter_batches():
+                with open_part(self.draft.root.fs, self.draft.path, part) as file:
+                    for batch in file.iter_batches():
                         table[first : first + batch.num_rows] = vectors(batch["neighbors"])
                         first += batch.num_rows
             table.flush()

@@ -7,11 +7,13 @@ digest: only what it names is ever read. clusterlib.artifacts.draft says how the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from clusterlib.artifacts.config import fingerprint
+from clusterlib.artifacts.storage import is_transient, listing, patient
 from clusterlib.errors import StrataError
 
 MANIFEST = "manifest.json"
@@ -70,17 +73,62 @@ class Spec:
 
 @dataclass(frozen=True)
 class Part:
-    """One file of an artifact: a piece of `table`, at `path` inside the artifact's folder."""
+    """One file of an artifact: a piece of `table`, at `path` inside the artifact's folder.
+
+    Attributes:
+        footer_bytes: at the end of a Parquet file, what says where all the rest is and has no
+            checksum of its own; 0 in other files.
+    """
 
     table: str
     path: str
     num_rows: int
     num_bytes: int
     sha256: str
+    footer_bytes: int = 0
+    footer_sha256: str = ""
+
+
+@contextlib.contextmanager
+def open_part(fs: pafs.FileSystem, folder: str, part: Part) -> Iterator[pq.ParquetFile]:
+    """A Parquet part of the artifact, or draft, in `folder`, to be read from inside the context.
+
+    The footer's digest is checked now, the checksum of each page when the page is read.
+
+    Raises:
+        StrataError: the file is gone or damaged.
+        OSError: the store cannot be reached.
+    """
+    path = f"{folder}/{part.path}"
+    try:
+        with fs.open_input_file(path) as file:
+            yield pq.ParquetFile(
+                file,
+                metadata=_footer(file, part),
+                pre_buffer=True,
+                page_checksum_verification=True,
+            )
+    except (OSError, pa.ArrowInvalid) as error:
+        if is_transient(error):
+            raise
+        raise StrataError(
+            f"{path}: named in the manifest but missing or damaged ({error}); "
+            f"delete {folder} and run its stage again"
+        ) from error
+
+
+def _footer(file: pa.NativeFile, part: Part) -> pq.FileMetaData | None:
+    """The metadata at the end of a part; None where no digest of it was kept."""
+    if not part.footer_bytes:
+        return None
+    data = file.read_at(part.footer_bytes, max(0, part.num_bytes - part.footer_bytes))
+    if hashlib.sha256(data).hexdigest() != part.footer_sha256:
+        raise OSError("its footer is not as it was written")
+    return pq.read_metadata(pa.BufferReader(data))
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URI, and the path on it.
+    """The file system of a local path or URI, patient where it is not local, and the path on it.
 
     Raises:
         StrataError: neither pyarrow nor fsspec knows the scheme.
@@ -97,7 +145,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise StrataError(f"{uri}: no file system for it: {error}") from error
         filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
-    return filesystem, path
+    return patient(filesystem), path
 
 
 @dataclass(frozen=True)
@@ -136,14 +184,21 @@ class Root:
             ) from error
 
     def find(self, spec: Spec) -> Artifact | None:
-        """The finished artifact of `spec`, or None."""
-        return self._open(spec.name)
-
-    def open(self, spec: Spec) -> Artifact:
-        """The finished artifact of `spec`.
+        """The finished artifact of `spec`, all its files there, or None.
 
         Raises:
-            StrataError: it is not there.
+            StrataError: its manifest is damaged, or a file named there is gone or cut short.
+        """
+        found = self.peek(spec.name)
+        if found is not None:
+            found.check()
+        return found
+
+    def open(self, spec: Spec) -> Artifact:
+        """The finished artifact of `spec`, all its files there.
+
+        Raises:
+            StrataError: it is not there, or as in `find`.
         """
         found = self.find(spec)
         if found is None:
@@ -154,21 +209,37 @@ class Root:
             )
         return found
 
-    def _open(self, name: str) -> Artifact | None:
+    def peek(self, name: str) -> Artifact | None:
+        """The artifact `kind/fingerprint` if it has a manifest; its files are not looked for.
+
+        Raises:
+            StrataError: the manifest is damaged.
+        """
+        path = f"{self.path}/{name}/{MANIFEST}"
         try:
-            with self.fs.open_input_stream(f"{self.path}/{name}/{MANIFEST}") as stream:
-                return Artifact(self, json.loads(stream.read()))
+            with self.fs.open_input_stream(path) as stream:
+                data = stream.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            manifest = json.loads(data)
+            if not isinstance(manifest, dict) or "parts" not in manifest:
+                raise ValueError("it names no parts")
+        except ValueError as error:
+            raise StrataError(
+                f"{path}: damaged, no manifest any more ({error}); delete {self.path}/{name} and "
+                "run its stage again"
+            ) from error
+        return Artifact(self, manifest)
 
     def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, oldest first."""
+        """Every finished artifact, oldest first; see `peek`."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         found = []
         for kind in self.fs.get_file_info(selector):
             if kind.type == pafs.FileType.Directory:
                 for entry in self.fs.get_file_info(pafs.FileSelector(kind.path)):
-                    artifact = self._open(f"{kind.base_name}/{entry.base_name}")
+                    artifact = self.peek(f"{kind.base_name}/{entry.base_name}")
                     if artifact is not None:
                         found.append(artifact)
         return sorted(found, key=lambda artifact: artifact.manifest["created_utc"])
@@ -237,33 +308,25 @@ class Artifact:
             Part(**part) for part in self.manifest["parts"] if part["table"] == (table or self.kind)
         ]
 
-    def open_parquet(self, part: Part) -> pq.ParquetFile:
-        """Open a part.
-
-        Raises:
-            StrataError: the file is gone or damaged.
-        """
-        path = f"{self.path}/{part.path}"
-        try:
-            return pq.ParquetFile(path, filesystem=self.root.fs, pre_buffer=True)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StrataError(
-                f"{path}: named in the manifest but missing or damaged ({error}); "
-                f"delete {self.path} and run its stage again"
-            ) from error
+    def open_part(self, part: Part) -> AbstractContextManager[pq.ParquetFile]:
+        """A Parquet part, to be read from inside the context: see `open_part`."""
+        return open_part(self.root.fs, self.path, part)
 
     def read(self, table: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of `table` (by default the artifact's own), in order."""
-        return pa.concat_tables(
-            [self.open_parquet(part).read(columns=columns) for part in self.parts(table)]
-        )
+        return pa.concat_tables([self.read_part(part, columns) for part in self.parts(table)])
+
+    def read_part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a part."""
+        with self.open_part(part) as file:
+            return file.read(columns=columns)
 
     def row_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The artifact's own table, a row group at a time."""
         for part in self.parts():
-            file = self.open_parquet(part)
-            for number in range(file.num_row_groups):
-                yield file.read_row_group(number, columns=columns)
+            with self.open_part(part) as file:
+                for number in range(file.num_row_groups):
+                    yield file.read_row_group(number, columns=columns)
 
     def slices(self, num_rows: int) -> list[Slice]:
         """The artifact's own table cut into slices of at most `num_rows` rows, none across two
@@ -293,50 +356,82 @@ class Artifact:
 
     def read_slice(self, piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a slice; only the row groups that hold them are read."""
-        file = self.open_parquet(piece.part)
-        end = piece.first_row + piece.num_rows
-        groups, skipped, start = [], 0, 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            if stop <= piece.first_row:
-                skipped = stop
-            elif start < end:
-                groups.append(group)
-            start = stop
-        return file.read_row_groups(groups, columns=columns).slice(
-            piece.first_row - skipped, piece.num_rows
-        )
+        with self.open_part(piece.part) as file:
+            end = piece.first_row + piece.num_rows
+            groups, skipped, start = [], 0, 0
+            for group in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(group).num_rows
+                if stop <= piece.first_row:
+                    skipped = stop
+                elif start < end:
+                    groups.append(group)
+                start = stop
+            rows = file.read_row_groups(groups, columns=columns)
+        return rows.slice(piece.first_row - skipped, piece.num_rows)
 
-    def download(self, folder: str, into: Path) -> Path:
-        """The artifact's `folder` as a local path: itself when the root is local, else a copy in
+    def folder(self, table: str) -> str:
+        """Path of the folder whose files are the parts of `table`."""
+        return f"{self.path}/{self.parts(table)[0].path.partition('/')[0]}"
+
+    def download(self, table: str, into: Path) -> Path:
+        """The folder of `table` as a local path: itself when the root is local, else a copy in
         `into`.
+
+        Raises:
+            StrataError: a file is missing, or differs from what was written.
         """
+        self.verify(table)
         if self.root.is_local:
-            return Path(self.path) / folder
+            return Path(self.folder(table))
         into.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(
-            f"{self.path}/{folder}",
+            self.folder(table),
             str(into),
             source_filesystem=self.root.fs,
             destination_filesystem=pafs.LocalFileSystem(),
         )
         return into
 
-    def verify(self) -> None:
-        """Read every part and compare it with the manifest.
+    def check(self) -> dict[str, pafs.FileInfo]:
+        """See whether all files that the manifest names are there, with as many bytes: one listing.
+
+        Returns:
+            What is in the artifact's folder, by the path there.
+
+        Raises:
+            StrataError: one is gone or has another size.
+        """
+        found = listing(self.root.fs, self.path)
+        for part in self.manifest["parts"]:
+            info = found.get(part["path"])
+            if info is None or info.size != part["num_bytes"]:
+                state = "missing" if info is None else f"of {info.size} bytes"
+                raise StrataError(
+                    f"{self.path}/{part['path']}: named in the manifest with {part['num_bytes']} "
+                    f"bytes, but {state}; delete {self.path} and run its stage again"
+                )
+        return found
+
+    def verify(self, table: str | None = None) -> None:
+        """Read every part, or those of one table, and compare them with the manifest.
 
         Raises:
             StrataError: a part is missing, or differs from what was written.
         """
+        remedy = f"delete {self.path} and run its stage again"
         for part in (Part(**part) for part in self.manifest["parts"]):
+            if table not in (None, part.table):
+                continue
             path = f"{self.path}/{part.path}"
             try:
                 with self.root.fs.open_input_stream(path) as stream:
                     digest = hashlib.file_digest(_Readable(stream), "sha256").hexdigest()
             except FileNotFoundError as error:
-                raise StrataError(f"{path}: named in the manifest but missing") from error
+                raise StrataError(f"{path}: named in the manifest but missing; {remedy}") from error
             if digest != part.sha256:
-                raise StrataError(f"{path}: its bytes differ from those the manifest names")
+                raise StrataError(
+                    f"{path}: its bytes differ from those the manifest names; {remedy}"
+                )
 
 
 class _Readable:
@@ -360,7 +455,7 @@ def lineage(artifact: Artifact) -> Iterator[tuple[int, str, Artifact | None]]:
     """
     yield 0, artifact.name, artifact
     for name in artifact.manifest["inputs"].values():
-        upstream = artifact.root._open(name)
+        upstream = artifact.root.peek(name)
         if upstream is None:
             yield 1, name, None
         else:

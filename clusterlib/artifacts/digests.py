@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import pyarrow.fs as pafs
 
+from clusterlib.artifacts.storage import bare
+
 _FOLDER = Path("~/.cache/strata/digests")
 _LARGE_BYTES = 2**20  # a smaller file is as soon read as looked up
 # A file may change again within one tick of its file system's clock (2 s on FAT) and look the same.
@@ -102,8 +104,9 @@ def _remote(fs: pafs.FileSystem, info: pafs.FileInfo) -> Any:
 
 def _tag(fs: pafs.FileSystem, path: str) -> str | None:
     """What a store says that differs whenever the bytes do."""
-    if isinstance(fs, pafs.PyFileSystem):
-        found = fs.handler.fs.info(path)  # fsspec's file system inside pyarrow's
+    store = bare(fs)
+    if isinstance(store, pafs.PyFileSystem):
+        found = store.handler.fs.info(path)  # fsspec's file system inside pyarrow's
     else:
         with fs.open_input_stream(path) as stream:
             found = stream.metadata()

@@ -179,12 +179,11 @@ def read_range(
     pieces: list[pa.Table | None] = [None] * len(runs)
     for file in sorted({run[0] for run in runs}):
         artifact, part = shards.files[file]
-        opened = artifact.open_parquet(part)
         wanted = sorted({row_group for number, row_group, _, _ in runs if number == file})
-        table = opened.read_row_groups(wanted, columns=columns)
-        sizes = np.array(
-            [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
-        )
+        with artifact.open_part(part) as opened:
+            table = opened.read_row_groups(wanted, columns=columns)
+            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+        sizes = np.array([group.num_rows for group in groups])
         skipped = np.cumsum(np.where(np.isin(np.arange(len(sizes)), wanted), 0, sizes))
         for place, (number, row_group, first_row, num_rows) in enumerate(runs):
             if number == file:

@@ -193,26 +193,3 @@ def local_task(monkeypatch):
     registry = sys.modules[mteb.get_task.__module__]._TASKS_REGISTRY
     monkeypatch.setitem(registry, "LocalTask", LocalTask)
     return "LocalTask"
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The URI of an empty S3 bucket on loopback; this process and its children find it by their
-    environment.
-    """
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()

@@ -38,7 +38,7 @@ def test_files_are_blocks_and_each_is_sorted_by_leaf(chain):
         and sum(sizes) == chain.pairs["big"].num_rows
     )
     for part in parts:
-        rows = shards.open_parquet(part).read(columns=["source", "leaf"]).to_pylist()
+        rows = shards.read_part(part, ["source", "leaf"]).to_pylist()
         keys = [(row["source"], row["leaf"]) for row in rows]
         assert keys == sorted(keys)
 
@@ -77,8 +77,7 @@ def test_index_and_trees_of_all_sources_are_all_a_plan_needs(chain):
     assert index.sources == ["big", "half"]
     files, rows = index.locate(np.arange(index.num_rows))
     pieces = [
-        artifact.open_parquet(part).read(columns=["source", "leaf"]).to_pylist()
-        for artifact, part in shards.files
+        artifact.read_part(part, ["source", "leaf"]).to_pylist() for artifact, part in shards.files
     ]
     keys = [
         (pieces[file][row]["source"], pieces[file][row]["leaf"])
@@ -157,8 +156,7 @@ def test_no_row_of_a_shard_is_held_out_and_none_is_lost(
     assert made.num_rows + len(rejects) == made.manifest["num_rows_in"] == len(texts)
     assert sum(made.manifest["rejects"].values()) == len(rejects)
     rows = {
-        part.path: embeddings.open_parquet(part).read(columns=["source", "pair_id"])
-        for part in embeddings.parts()
+        part.path: embeddings.read_part(part, ["source", "pair_id"]) for part in embeddings.parts()
     }
     refused = [rows[row["file"]].slice(row["row"], 1).to_pylist()[0] for row in rejects]
     assert {tuple(row.values()) for row in refused} == set(pairs) - expected

@@ -184,7 +184,7 @@ def learner_of(settings, name, config, load=None, batching=None, like=""):
     run = Run(
         TrainConfig.model_validate({**config, "cache_dir": settings["cache"]}),
         BatchingConfig.model_validate(batching or settings["batching"]),
-        Shards([root._open(settings["shards"])]),
+        Shards([root.peek(settings["shards"])]),
         Draft(root, Spec("model", 1, {"run": like or name, "prompts": PROMPTS})),
         name,
         Tests(),

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
 from train.data import (
-    TOKENIZER,
     TokenStore,
     cache_shards,
     check_teacher,
@@ -200,12 +199,12 @@ def test_shards_carry_their_tokenizer(opened):
 def test_a_tokenizer_without_padding_pads_with_its_end_of_text(
     make_shards, tokenizer_folder, tmp_path, special
 ):
-    artifact, _ = make_shards(tmp_path / "root")
     bare = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_folder / "tokenizer.json"), padding_side="left", **special
     )
     assert bare.pad_token_id is None
-    bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
+    bare.save_pretrained(tmp_path / "bare")
+    artifact, _ = make_shards(tmp_path / "root", tokenizer=tmp_path / "bare")
     if not special:
         with pytest.raises(StrataError, match="neither a padding nor an end-of-text token"):
             load_tokenizer(Shards([artifact]))

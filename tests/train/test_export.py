@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from clusterlib.clusters.shards import Shards
-from train.data import TOKENIZER, load_tokenizer
+from train.data import load_tokenizer
 from train.export import export
 from train.model import POOLINGS, StudentConfig, TokenizerRef, build_student
 
@@ -64,10 +64,10 @@ def test_a_decoder_whose_tokenizer_has_no_padding_is_exported_as_it_was_trained(
 ):
     from sentence_transformers import SentenceTransformer
 
-    artifact, _ = make_shards(tmp_path / "root")
     file = str(tokenizer_folder / "tokenizer.json")
     bare = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", padding_side="left")
-    bare.save_pretrained(f"{artifact.path}/{TOKENIZER}")
+    bare.save_pretrained(tmp_path / "bare")
+    artifact, _ = make_shards(tmp_path / "root", tokenizer=tmp_path / "bare")
     tokenizer = load_tokenizer(Shards([artifact]))
     decoder = {
         "model_type": "gpt2",

@@ -12,19 +12,25 @@ import torch.distributed as dist
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors.torch import load_file
 
+from clusterlib.artifacts import lease
 from clusterlib.artifacts.artifact import Spec
+from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.batches.plan import BatchingConfig
 from clusterlib.errors import StrataError
+from train import launch
 from train.config import TrainConfig
 from train.launch import model_spec, train, will_come_again
 
 
-def train_on(artifact, config, batching, tests=None):
+def spec_on(artifact, config, batching, tests=None):
     shards = Spec("shards", 1, artifact.config)
     assert shards.name == artifact.name
     prompts = {"query": "", "document": ""}
-    spec = model_spec(config, batching, {"both": shards}, prompts, "test", tests)
-    return train(spec, artifact.root, tests)
+    return model_spec(config, batching, {"both": shards}, prompts, "test", tests)
+
+
+def train_on(artifact, config, batching, tests=None):
+    return train(spec_on(artifact, config, batching, tests), artifact.root, tests)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +295,77 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
         False,
         False,
     ]
+
+
+@pytest.fixture
+def second(shards, architecture, monkeypatch):
+    """(the draft of a model, a driver that trains it whose ranks are left out)."""
+    artifact, _ = shards
+    config = TrainConfig(
+        student={"architecture": architecture}, optimizer={"learning_rate": 1e-3}, steps=1
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    draft = Draft(artifact.root, spec_on(artifact, config, batching))
+
+    def fit(self):
+        draft.commit("export", Receipt([], stats={"by": "second"}))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fit)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    return draft, lambda: train_on(artifact, config, batching)
+
+
+def test_a_second_driver_of_a_model_is_told_who_trains_it(second):
+    """Item 13: two would share Ray Train's checkpoint folder."""
+    draft, drive = second
+    with (
+        draft.alone(),
+        pytest.raises(
+            StrataError,
+            match=rf"^train test: another driver trains this model: .*process {os.getpid()} on .* "
+            "since 20.*; let it end, or end it, and run the same command again$",
+        ),
+    ):
+        drive()
+    assert drive().stats["by"] == "second"
+
+
+def test_a_driver_that_waited_for_the_model_finds_it(second, monkeypatch):
+    """The first ends between the second's look for the model and its own turn."""
+    draft, drive = second
+    look = Draft.find
+    first = iter([draft])
+
+    def find(self):
+        made = look(self)
+        for other in first:
+            other.publish([Receipt([], stats={})], {"by": "first"})
+        return made
+
+    monkeypatch.setattr(Draft, "find", find)
+    assert drive().stats["by"] == "first"
+
+
+def test_ranks_of_a_driver_that_was_taken_for_dead_write_nothing_more(
+    ray_running, shards, tmp_path, architecture, monkeypatch
+):
+    artifact, _ = shards
+    config = TrainConfig(
+        student={"architecture": architecture},
+        optimizer={"learning_rate": 1e-3},
+        steps=4,
+        checkpoint_every_steps=2,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    batching = BatchingConfig(strategy="random", global_batch_size=8)
+    draft = Draft(artifact.root, spec_on(artifact, config, batching))
+    fit = launch._fit
+
+    def overtaken(run, held):
+        held._write("dead", {})
+        fit(run, held)
+
+    monkeypatch.setattr(launch, "_fit", overtaken)
+    with pytest.raises(StrataError, match="gave no sign for 60 s, so another took its place"):
+        train_on(artifact, config, batching)
+    assert not list(Path(draft.path, "checkpoints").glob("step-*")) and not draft.receipts()

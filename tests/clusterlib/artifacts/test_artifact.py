@@ -78,6 +78,41 @@ def test_a_damaged_part_is_named_with_the_remedy(things, tmp_path, damage):
         artifact.verify()
 
 
+def test_whatever_byte_is_flipped_it_is_told_or_does_not_matter(things, tmp_path):
+    """Item 14: page checksums, and a digest of the footer, which has none."""
+    artifact = things.publish(tmp_path)
+    expected = artifact.read()
+    path = Path(artifact.path, artifact.parts()[0].path)
+    data = path.read_bytes()
+    num_told = 0
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        try:
+            assert artifact.read().equals(expected)
+        except StrataError as error:
+            assert f"{path}: named in the manifest but missing or damaged (" in str(error)
+            assert str(error).endswith(f"; delete {artifact.path} and run its stage again")
+            num_told += 1
+    assert num_told > 0.9 * len(data)  # the rest is statistics of pages, which nobody reads
+
+
+@pytest.mark.parametrize("text", ["", '{"kind": "thi', "\xff", "[]", "{}", "5"])
+def test_a_damaged_manifest_is_one_message(things, tmp_path, text):
+    artifact = things.publish(tmp_path)
+    path = Path(artifact.path, "manifest.json")
+    path.write_bytes(text.encode("latin-1"))
+    for look in (
+        lambda: artifact.root.find(Spec("things", 1, {})),
+        lambda: artifact.root.open(artifact.name, "run it"),
+        artifact.root.artifacts,
+        lambda: things.draft(tmp_path).publish([]),
+    ):
+        with pytest.raises(
+            StrataError, match=rf"^{path}: damaged.*; delete {artifact.path} and run its stage"
+        ):
+            look()
+
+
 def test_slices_cover_the_table_in_order_whatever_their_size(things, tmp_path):
     artifact = things.publish(tmp_path, bounds=((0, 10), (10, 10), (10, 17)))
     for size in range(1, 20):
@@ -115,11 +150,11 @@ def test_other_file_systems_go_through_fsspec(things, tmp_path):
     root = Root("memory://workspace")
     made = Draft(root, Spec("things", 1, {}))
     part = made.write("things", "0", things.schema, [things.table(0, 3)])
-    artifact = made.publish([Receipt([part], 3)])
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "a.txt").write_bytes(b"hello")
+    artifact = made.publish([Receipt([part, *made.write_folder("extra", tmp_path / "extra")], 3)])
     assert artifact.read()["x"].to_pylist() == [0, 1, 2]
     assert not root.is_local
-    made.root.fs.create_dir(f"{artifact.path}/extra")
-    made.write_bytes("extra", "extra/a.txt", b"hello")
     assert (artifact.download("extra", tmp_path / "copy") / "a.txt").read_bytes() == b"hello"
 
 
