@@ -27,6 +27,7 @@ from clusterlib.clusters.tree import Node
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
 from pipelines.stage import Stage
+from train.export import EXPORT
 from train.measures import MEASURES
 from train.progress import Progress
 
@@ -275,7 +276,7 @@ def _arm_rows(models: Mapping[str, Artifact]) -> list[dict[str, Any]]:
                 "num_parameters": stats["num_parameters"],
                 "pairs_per_second": pairs / stats["train_seconds"],
                 "waiting_fraction": stats["data_seconds"] / stats["train_seconds"],
-                "model": model.path,
+                "model": model.folder(EXPORT),
             }
         )
     return rows

@@ -280,7 +280,7 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
         made.stats["kept_step"] == 2
         and made.stats["num_steps"] == 4 == made.parts("steps")[0].num_rows
     )
-    assert "after step 2." in Path(made.path, "export", "README.md").read_text()
+    assert "after step 2." in Path(made.folder("export"), "README.md").read_text()
 
     def weights(folder):
         return {
@@ -288,7 +288,7 @@ def test_the_best_weights_are_kept_though_rank_0_dies_in_a_test(
             for name, weight in load_file(folder / "model.safetensors").items()
         }
 
-    kept = weights(Path(made.path, "export"))
+    kept = weights(Path(made.folder("export")))
     assert [kept == weights(seen / f"{step}") for step in (1, 2, 3, 4)] == [
         False,
         True,

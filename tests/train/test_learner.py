@@ -98,6 +98,12 @@ def tracked(monkeypatch):
     return told
 
 
+def exported(run):
+    """The folder of the model that a run exported; its name carries a digest."""
+    part = next(part for part in run.draft.receipt("export").parts if part.table == "export")
+    return Path(run.draft.path, part.path).parent
+
+
 @pytest.fixture
 def make_run(shards, architecture, tmp_path):
     """Makes a run of the same settings and tests in a root of its own."""
@@ -183,7 +189,7 @@ def test_a_run_that_is_cut_short_makes_what_one_in_one_piece_makes(
 def test_the_exported_model_is_that_of_the_best_test(one_rank, make_run, tracked, tmp_path):
     run = make_run("best")
     learn(run, Folders(tmp_path / "checkpoints"))
-    kept = load_file(f"{run.draft.path}/export/model.safetensors")
+    kept = load_file(exported(run) / "model.safetensors")
     tested = [load_file(run.tests.folder / f"{n}" / "model.safetensors") for n in range(3)]
     assert [all(torch.equal(kept[name], model[name]) for name in kept) for model in tested] == [
         False,
@@ -192,4 +198,4 @@ def test_the_exported_model_is_that_of_the_best_test(one_rank, make_run, tracked
     ]
     stats = run.draft.receipt("export").stats
     assert (stats["kept_step"], stats["num_steps"], stats["num_skipped_steps"]) == (4, STEPS, 0)
-    assert "after step 4." in Path(run.draft.path, "export", "README.md").read_text()
+    assert "after step 4." in (exported(run) / "README.md").read_text()
