@@ -9,13 +9,13 @@ import pytest
 
 from clusterlib.artifacts.artifact import Root
 from clusterlib.batches.plan import BatchingConfig
+from clusterlib.clusters.shards import Shards
 from clusterlib.errors import StrataError
-from pipelines.cluster import cluster
-from pipelines.embed import embed
-from pipelines.shard import shard
+from pipelines import cluster, embed, shard
+from pipelines.stage import find_or_make
+from train.config import TrainConfig
 from train.data import cache_shards
-from train.launch import train
-from train.loop import TrainConfig
+from train.launch import model_spec, train
 
 
 def damaged(artifact, tmp_path, table, column):
@@ -50,38 +50,37 @@ def told():
     return run
 
 
+def make_again(stage, chain, kind, root):
+    """A source's artifact of a kind, which is not there any more, under another root."""
+    shutil.rmtree(f"{root.path}/{kind}")
+    find_or_make(stage, [getattr(chain.specs, kind)["big"]], root)
+
+
 def test_embed_tells_of_damaged_pairs(chain, tmp_path, told):
-    pairs, path = damaged(chain.pairs, tmp_path, "pairs", "passage")
-    shutil.rmtree(tmp_path / "root" / "embeddings")
-    told(path, lambda: embed(chain.configs.embed, pairs, pairs.root))
+    pairs, path = damaged(chain.pairs["big"], tmp_path, "pairs", "passage")
+    told(path, lambda: make_again(embed.STAGE, chain, "embeddings", pairs.root))
 
 
 def test_cluster_tells_of_damaged_embeddings(chain, tmp_path, told):
-    embeddings, path = damaged(chain.embeddings, tmp_path, "embeddings", "source")
-    shutil.rmtree(tmp_path / "root" / "centroids")
-    told(path, lambda: cluster(chain.configs.cluster, embeddings, embeddings.root))
+    embeddings, path = damaged(chain.embeddings["big"], tmp_path, "embeddings", "pair_id")
+    told(path, lambda: make_again(cluster.STAGE, chain, "centroids", embeddings.root))
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "centroids"])
 def test_shard_tells_of_damaged_embeddings_and_centroids(chain, tmp_path, told, kind):
-    artifact, path = damaged(getattr(chain, kind), tmp_path, kind, "source")
-    shutil.rmtree(tmp_path / "root" / "shards")
-    inputs = {
-        name: dataclasses.replace(getattr(chain, name), root=artifact.root)
-        for name in ("embeddings", "centroids")
-    }
-    told(path, lambda: shard(chain.configs.shard, **inputs, root=artifact.root))
+    artifact, path = damaged(getattr(chain, kind)["big"], tmp_path, kind, "source")
+    told(path, lambda: make_again(shard.STAGE, chain, "shards", artifact.root))
 
 
 def test_caching_tells_of_damaged_shards_and_keeps_nothing(chain, tmp_path, told):
-    shards, path = damaged(chain.shards, tmp_path, "shards", "query_id")
-    told(path, lambda: cache_shards(shards, tmp_path / "cache", False))
+    shards, path = damaged(chain.shards["big"], tmp_path, "shards", "query_id")
+    told(path, lambda: cache_shards(Shards([shards]), tmp_path / "cache", False))
     assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize(("table", "column"), [("index", "leaf"), ("shards", "query_id")])
 def test_training_tells_of_damaged_shards(chain, tmp_path, told, architecture, table, column):
-    shards, path = damaged(chain.shards, tmp_path, table, column)
+    shards, path = damaged(chain.shards["big"], tmp_path, table, column)
     config = TrainConfig(
         student={"architecture": architecture},
         optimizer={"learning_rate": 1e-3},
@@ -89,4 +88,6 @@ def test_training_tells_of_damaged_shards(chain, tmp_path, told, architecture, t
         cache_dir=str(tmp_path / "cache"),
     )
     batching = BatchingConfig(strategy="random", global_batch_size=8)
-    told(path, lambda: train(config, batching, shards, shards.root, "test"))
+    prompts = {"query": "", "document": ""}
+    spec = model_spec(config, batching, {"big": chain.specs.shards["big"]}, prompts, "test")
+    told(path, lambda: train(spec, shards.root))
