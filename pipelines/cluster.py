@@ -80,6 +80,22 @@ class Cluster(Stage):
             for source, embeddings in arm.specs("embeddings").items()
         }
 
+    def check(self, specs: Sequence[Spec], root: Root) -> None:
+        """Refuse a number of leaves that no source is large enough for.
+
+        Raises:
+            StrataError: it is too large for every source.
+        """
+        fits = [_Fit.of(spec, root) for spec in specs]
+        largest = max(fits, key=lambda fit: fit.embeddings.num_rows)
+        if all(fit.num_leaves < fit.config.num_leaves for fit in fits):
+            raise StrataError(
+                f"cluster.num_leaves={largest.config.num_leaves} is too large for every source: the "
+                f"largest, {largest.embeddings.label}, has {largest.embeddings.num_rows} pairs and "
+                f"fits {largest.num_leaves} leaves of {largest.config.min_pairs_per_leaf} or more; "
+                f"set at most {largest.num_leaves}"
+            )
+
     def make(self, specs: Sequence[Spec], root: Root) -> None:
         """Fit each source by itself, side by side.
 
@@ -88,9 +104,7 @@ class Cluster(Stage):
         Raises:
             StrataError: a fit takes more memory than any node has.
         """
-        fits = [
-            _Fit(spec.config["cluster"], root.open(spec.inputs["embeddings"])) for spec in specs
-        ]
+        fits = [_Fit.of(spec, root) for spec in specs]
         first = fits[0].config  # how many processors a fit takes is no source's own
         memory_bytes = max(fit.memory_bytes for fit in fits)
         _check_memory(max(fits, key=lambda fit: fit.memory_bytes))
@@ -119,6 +133,10 @@ class _Fit:
 
     config: ClusterConfig
     embeddings: Artifact
+
+    @staticmethod
+    def of(spec: Spec, root: Root) -> _Fit:
+        return _Fit(spec.config["cluster"], root.open(spec.inputs["embeddings"]))
 
     @property
     def num_leaves(self) -> int:

@@ -29,6 +29,15 @@ class Stage(ABC):
         What several arms want alike has one name, so it is made once.
         """
 
+    def check(self, specs: Sequence[Spec], root: Root) -> None:
+        """Refuse what does not fit any of the artifacts that are wanted, those that are there
+        included; asked before others are made.
+
+        Raises:
+            StrataError: there is such a setting.
+        """
+        return
+
     @abstractmethod
     def make(self, specs: Sequence[Spec], root: Root) -> None:
         """Make artifacts, none of which is there, from finished inputs.
@@ -43,5 +52,6 @@ def find_or_make(stage: Stage, specs: Iterable[Spec], root: Root) -> list[Artifa
     wanted = {spec.name: spec for spec in specs}
     missing = [spec for spec in wanted.values() if Draft(root, spec).find() is None]
     if missing:
+        stage.check(list(wanted.values()), root)
         stage.make(missing, root)
     return [root.open(spec) for spec in wanted.values()]

@@ -109,7 +109,7 @@ def test_a_model_without_weights_is_refused_before_any_work(recipe, tmp_path, to
 def test_a_stage_without_its_input_says_what_to_run(recipe, ray_running, tmp_path):
     refused(
         strata("embed", recipe, "--root", tmp_path),
-        "no finished artifact there; run `strata ingest`",
+        "no finished pairs of jsonl there; run the stage",
     )
 
 

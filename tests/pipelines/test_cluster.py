@@ -85,6 +85,20 @@ def test_both_sides_cluster_in_twice_the_width(chain):
     assert vectors(made.read()["centroid"]).shape[1] == 64
 
 
+def test_more_leaves_than_any_source_can_fill_are_refused(chain):
+    def wanted(**changes):
+        config = chain.configs.cluster.replace(**changes)
+        return [centroids_spec(config, spec) for spec in chain.specs.embeddings.values()]
+
+    with pytest.raises(
+        StrataError,
+        match=r"num_leaves=9 is too large for every source: the largest, big, has 160 pairs and "
+        r"fits 8",
+    ):
+        find_or_make(stages.STAGE, wanted(num_leaves=9), chain.root)
+    find_or_make(stages.STAGE, wanted(num_leaves=8), chain.root)
+
+
 def test_a_fit_beyond_any_nodes_memory_is_refused_with_the_number_that_fits(chain, monkeypatch):
     """Room for 60 of the 160 vectors of 32 dimensions, held twice in float32, at 6 leaves."""
     monkeypatch.setattr(stages, "largest_node_bytes", lambda: 60 * 2 * 4 * 32)

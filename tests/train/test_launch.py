@@ -333,16 +333,13 @@ def test_a_second_driver_of_a_model_is_told_who_trains_it(second):
 def test_a_driver_that_waited_for_the_model_finds_it(second, monkeypatch):
     """The first ends between the second's look for the model and its own turn."""
     draft, drive = second
-    look = Draft.find
-    first = iter([draft])
+    alone = Draft.alone
 
-    def find(self):
-        made = look(self)
-        for other in first:
-            other.publish([Receipt([], stats={})], {"by": "first"})
-        return made
+    def after_the_first(self):
+        draft.publish([Receipt([], stats={})], {"by": "first"})
+        return alone(self)
 
-    monkeypatch.setattr(Draft, "find", find)
+    monkeypatch.setattr(Draft, "alone", after_the_first)
     assert drive().stats["by"] == "first"
 
 
