@@ -90,10 +90,10 @@ class Cluster(Stage):
         largest = max(fits, key=lambda fit: fit.embeddings.num_rows)
         if all(fit.num_leaves < fit.config.num_leaves for fit in fits):
             raise StrataError(
-                f"cluster.num_leaves={largest.config.num_leaves} is too large for every source: the "
-                f"largest, {largest.embeddings.label}, has {largest.embeddings.num_rows} pairs and "
-                f"fits {largest.num_leaves} leaves of {largest.config.min_pairs_per_leaf} or more; "
-                f"set at most {largest.num_leaves}"
+                f"cluster.num_leaves={largest.config.num_leaves} is too large for every source: "
+                f"the largest, {largest.embeddings.label}, has {largest.embeddings.num_rows} pairs "
+                f"and fits {largest.num_leaves} leaves of {largest.config.min_pairs_per_leaf} or "
+                f"more; set at most {largest.num_leaves}"
             )
 
     def make(self, specs: Sequence[Spec], root: Root) -> None:

@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_one_message(things, tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     for look in (
         lambda: artifact.root.find(Spec("things", 1, {})),
-        lambda: artifact.root.open(artifact.name, "run it"),
+        lambda: artifact.root.open(Spec("things", 1, {})),
         artifact.root.artifacts,
         lambda: things.draft(tmp_path).publish([]),
     ):

@@ -102,7 +102,7 @@ def test_an_artifact_whose_files_are_gone_is_not_done(things, tmp_path, damage, 
     for look in (
         things.draft(tmp_path).find,
         lambda: artifact.root.find(things.draft(tmp_path).spec),
-        lambda: artifact.root.open(artifact.name, ""),
+        lambda: artifact.root.open(things.draft(tmp_path).spec),
         lambda: things.draft(tmp_path).publish([]),
     ):
         with pytest.raises(
