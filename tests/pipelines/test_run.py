@@ -141,8 +141,7 @@ def test_tests_in_the_loop_score_as_evaluate_does_and_the_best_is_kept(finished)
     (scores,) = (
         artifact.read().to_pylist()
         for artifact in root.artifacts()
-        if artifact.kind == "scores"
-        and artifact.manifest["inputs"].get("model") == model.name
+        if artifact.kind == "scores" and artifact.manifest["inputs"].get("model") == model.name
     )
     in_loop = [row for row in rows if row["step"] == kept]
     assert len(in_loop) == len(scores) == 6
