@@ -269,15 +269,10 @@ class Run:
 
     def tune(self) -> list[Outcome]:
         """Train and score every combination of `tune.space` on the shards that are there."""
-        overrides = combinations(self.config.tune.space)
-        chains = [
-            Chain(self._recipe.with_overrides(changes, "tune.space").pinned())
-            for changes in overrides
-        ]
         score = functools.partial(_score, self.config.evaluate, self.config.tune.metric, self.root)
         trials = [
             Trial(
-                " ".join(f"{name}={value}" for name, value in changes.items()),
+                name,
                 chain.config.train,
                 chain.config.batching,
                 self._open(chain.shards, "shard"),
@@ -285,21 +280,37 @@ class Run:
                 chain.tests,
                 score,
             )
-            for changes, chain in zip(overrides, chains, strict=True)
+            for name, chain in self._trials().items()
         ]
-        spec = Spec(
-            "tune",
-            1,
-            {"tune": self.config.tune},
-            {"shards": next(iter(self.arms.values())).shards.fingerprint},
-        )
         return search(
             trials,
             self.config.tune.metric,
             self.config.tune.max_concurrent,
-            f"{self.root.path}/{spec.name}",
+            f"{self.root.path}/{self._tune_spec.name}",
             bare(self.root.fs),
         )
+
+    def needs(self) -> set[str]:
+        """Names of all artifacts that the recipe makes, and its trials."""
+        names = {spec.name for _, spec in self.specs()} | {self._tune_spec.name}
+        for name, chain in self._trials().items():
+            scores = scores_spec(self.config.evaluate, name, chain.model.fingerprint)
+            names |= {spec.name for spec in [*chain.specs(), scores]}
+        return names
+
+    @property
+    def _tune_spec(self) -> Spec:
+        shards = next(iter(self.arms.values())).shards.fingerprint
+        return Spec("tune", 1, {"tune": self.config.tune}, {"shards": shards})
+
+    def _trials(self) -> dict[str, Chain]:
+        """The chain of every combination of `tune.space`, by its overrides."""
+        return {
+            " ".join(f"{name}={value}" for name, value in changes.items()): Chain(
+                self._recipe.with_overrides(changes, "tune.space").pinned()
+            )
+            for changes in combinations(self.config.tune.space)
+        }
 
     def _scores_specs(self) -> dict[str, Spec]:
         models: dict[str, str | ModelRef] = dict(self.config.evaluate.references)
