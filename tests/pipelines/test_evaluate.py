@@ -68,7 +68,8 @@ def test_scores_equal_a_second_implementation_on_the_same_run(
     assert scores["local", "recall_at_100"] == 1.0  # 24 passages in all
     assert scores["mean", "ndcg_at_10"] == scores["local", "ndcg_at_10"]
 
-    stored = json.loads(Path(made.path, "mteb", "local.json").read_text())
+    (result,) = made.parts("mteb")
+    stored = json.loads(Path(made.path, result.path).read_text())
     assert stored["scores"]["test"][0]["ndcg_at_10"] == scores["local", "ndcg_at_10"]
     again = evaluate(config, {"teacher": config.references["teacher"]}, Root(str(tmp_path)))[
         "teacher"
