@@ -257,9 +257,8 @@ class Draft:
         replace a manifest that came meanwhile, and name files that were swept: `find` tells.
         """
         path = f"{self.path}/{MANIFEST}"
-        with contextlib.suppress(
-            FileExistsError, FileNotFoundError
-        ):  # one stands; or did, see above
+        # One stands; or this one was swept before it had its name, because one stands.
+        with self._room(), contextlib.suppress(FileExistsError, FileNotFoundError):
             if create(self.root.fs, path, manifest):
                 return
             while self.root.peek(self.spec.name) is None:
@@ -282,8 +281,7 @@ class Draft:
         if num_rows_in != num_rows_out + sum(rejects.values()):
             raise RuntimeError(
                 f"{self.spec.name}: {num_rows_in} rows in, {num_rows_out} out and "
-                f"{sum(rejects.values())} "
-                "refused; rows were lost or made up"
+                f"{sum(rejects.values())} refused; rows were lost or made up"
             )
         return {
             "kind": self.spec.kind,
@@ -333,6 +331,7 @@ class Draft:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
+        """Say so where the file system is full."""
         try:
             yield
         except OSError as error:
