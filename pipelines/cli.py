@@ -259,6 +259,32 @@ def _settings(section: str, markdown: bool) -> None:
     click.echo(as_markdown(found) if markdown else as_text(found), nl=not markdown)
 
 
+@main.command("clean", cls=_Command)
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@_root
+@click.option("--delete", is_flag=True, help="Delete what is shown.")
+def _clean(recipes: tuple[str, ...], root: str, delete: bool) -> None:
+    """Show what no RECIPE given needs: in the root, artifacts, drafts nobody works on and files
+    that no manifest names; on this machine, caches.
+
+    Without a RECIPE all finished artifacts and caches stay. What a driver is writing always does;
+    what it reads does if its recipe is given.
+    """
+    configs = [_load(recipe, ()) for recipe in recipes]
+    from clusterlib.artifacts.artifact import Root
+    from pipelines.clean import as_text, survey
+    from pipelines.files import absolute
+    from pipelines.run import Run
+
+    opened = Root(absolute(root))
+    found = survey(opened, [Run(config, opened) for config in configs])
+    click.echo(as_text(found))
+    if delete:
+        for waste in found:
+            waste.delete()
+    click.echo("deleted" if delete else "nothing was deleted; --delete does it")
+
+
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
     from pipelines.report import format_scores, score_tables, verdict
 

@@ -378,18 +378,22 @@ class Artifact:
         `into`.
 
         Raises:
-            StrataError: a file is missing, or differs from what was written.
+            StrataError: a file differs from what was written.
         """
-        self.verify(table)
+        source = self.folder(table)
         if self.root.is_local:
-            return Path(self.folder(table))
-        into.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(
-            self.folder(table),
-            str(into),
-            source_filesystem=self.root.fs,
-            destination_filesystem=pafs.LocalFileSystem(),
-        )
+            into = Path(source)
+        else:
+            into.mkdir(parents=True, exist_ok=True)
+            pafs.copy_files(
+                source,
+                str(into),
+                source_filesystem=self.root.fs,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
+        for part in self.parts(table):
+            with (into / part.path.partition("/")[2]).open("rb") as stream:
+                self._compare(part, hashlib.file_digest(stream, "sha256").hexdigest())
         return into
 
     def check(self) -> dict[str, pafs.FileInfo]:
@@ -412,26 +416,23 @@ class Artifact:
                 )
         return found
 
-    def verify(self, table: str | None = None) -> None:
-        """Read every part, or those of one table, and compare them with the manifest.
+    def verify(self) -> None:
+        """Read every part and compare it with the manifest.
 
         Raises:
             StrataError: a part is missing, or differs from what was written.
         """
-        remedy = f"delete {self.path} and run its stage again"
+        self.check()
         for part in (Part(**part) for part in self.manifest["parts"]):
-            if table not in (None, part.table):
-                continue
-            path = f"{self.path}/{part.path}"
-            try:
-                with self.root.fs.open_input_stream(path) as stream:
-                    digest = hashlib.file_digest(_Readable(stream), "sha256").hexdigest()
-            except FileNotFoundError as error:
-                raise StrataError(f"{path}: named in the manifest but missing; {remedy}") from error
-            if digest != part.sha256:
-                raise StrataError(
-                    f"{path}: its bytes differ from those the manifest names; {remedy}"
-                )
+            with self.root.fs.open_input_stream(f"{self.path}/{part.path}") as stream:
+                self._compare(part, hashlib.file_digest(_Readable(stream), "sha256").hexdigest())
+
+    def _compare(self, part: Part, sha256: str) -> None:
+        if sha256 != part.sha256:
+            raise StrataError(
+                f"{self.path}/{part.path}: its bytes differ from those the manifest names; delete "
+                f"{self.path} and run its stage again"
+            )
 
 
 class _Readable:
