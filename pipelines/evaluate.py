@@ -80,7 +80,7 @@ def scores_spec(config: EvaluateConfig, run: str, model: str | ModelRef) -> Spec
 
 @dataclass(frozen=True)
 class StudentTests:
-    """The tests of `evaluate`, to score students with while they learn: a train.launch.Tests."""
+    """The tests of `evaluate`, to score students with while they learn: a train.learner.Tests."""
 
     config: EvaluateConfig
 
