@@ -232,7 +232,7 @@ def totals(scores: Scores) -> Tensor:
 
 def by_name(values: Tensor) -> dict[str, Any]:
     """The measures of pairs [M] under their names: numbers, and lists where they are histograms."""
-    parts = zip(_OF_PAIRS, values.split(_SIZES), strict=True)
+    parts = zip(_OF_PAIRS, values.cpu().split(_SIZES), strict=True)  # one wait for the device
     return {name: part.tolist() if len(part) > 1 else float(part) for name, part in parts}
 
 
