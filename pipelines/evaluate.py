@@ -156,7 +156,7 @@ def mean_score(scores: Artifact, metric: str) -> float:
 
 @dataclass(frozen=True)
 class StudentTests:
-    """Tests to score students with while they learn: a train.launch.Tests."""
+    """Tests to score students with while they learn: a train.learner.Tests."""
 
     tests: Sequence[RetrievalTestConfig]
     tasks: Sequence[str]

@@ -29,7 +29,8 @@ TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _IDS = ["query_id", "passage_id"]
 _TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
-# Of sequence lengths, so that they suit tensor cores (NVIDIA, "Matrix Multiplication Background").
+# Sequence lengths are multiples of this, which suits tensor cores (NVIDIA, "Matrix Multiplication
+# Background").
 _PAD_MULTIPLE = 8
 
 
@@ -56,7 +57,7 @@ class _File:
     """The columns of one cached shard."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        # uint64 ids as int64 of the same bits: they are only compared.
+        # Ids are only compared, so int64 of the same bits stand for uint64, which torch lacks.
         self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in _IDS}
         self.pairs |= {
             name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names

@@ -69,7 +69,7 @@ class Miner:
                     f"{mining.step} are gone; delete this folder, and the run starts anew"
                 )
             receipt = self._mine(mining, name)
-        # By content: what an earlier try at this run left on a node may be of other weights.
+        # Named by content: what an earlier try at this run left on a node may be of other weights.
         digest = hashlib.sha256(
             "".join(part.sha256 for part in receipt.parts).encode()
         ).hexdigest()[:12]

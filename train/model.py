@@ -162,7 +162,7 @@ class ModelRef(Config):
     def _in_package(self) -> Path:
         module, _, inside = self.name.removeprefix(_PACKAGE).partition("/")
         top, *below = module.split(".")
-        try:  # only `top` is looked for: a name with dots would import what is before them
+        try:  # of `top` alone: for a dotted name it would import the packages that hold it
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
@@ -183,8 +183,7 @@ class TokenizerRef(ModelRef):
     tokenizer.
     """
 
-    # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it
-    # is.
+    # Where tokenizer_config.json names no class, the model's config.json tells which it is.
     _read: ClassVar[tuple[str, ...]] = (
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
         *("config.json", "*.model", "*.spm", "*.tiktoken"),
@@ -258,7 +257,10 @@ class StudentConfig(Config):
         description="start from random weights: a transformers configuration (model_type, "
         "hidden_size, ...); vocab_size and pad_token_id are the tokenizer's",
     )
-    pooling: PoolingName = Field("mean", description="how token states become one vector")
+    pooling: PoolingName = Field(
+        "mean",
+        description="how token states become one vector, by its name in sentence-transformers",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -372,8 +374,7 @@ def build_student(
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        # In place, so that weights keep their names; for any shape, since micro-batches differ in
-        # length.
+        # In place, so that weights keep their names; for any shape, as micro-batches differ in it.
         backbone.compile(dynamic=True)
     # A loaded model is in evaluation mode: without dropout, and heedless of checkpointing.
     return Encoder(backbone, config.pooling).train()
