@@ -193,7 +193,17 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
 
     A local file is read whole when it is first met, then only after a change: see
         clusterlib.artifacts.digests.
+
+    Raises:
+        StrataError: files are missing or cannot be read.
     """
+    try:
+        return _origin(config)
+    except (OSError, pa.ArrowException) as error:
+        raise StrataError(f"{config.path}: cannot be read ({error})") from error
+
+
+def _origin(config: InputConfig | RetrievalTestConfig) -> Any:
     if config.format == "docstrings":
         return package_content(config.path)
     if isinstance(config, InputConfig) and _is_hub_name(config):
@@ -212,13 +222,10 @@ def origin(config: InputConfig | RetrievalTestConfig) -> Any:
     else:
         assert isinstance(config, InputConfig)
         files = location.fs.get_file_info([split.file for split in splits(config)])
-    try:
-        return [
-            [info.base_name, content]
-            for info, content in zip(files, contents(location.fs, files), strict=True)
-        ]
-    except OSError as error:
-        raise StrataError(f"{config.path}: cannot be read ({error})") from error
+    return [
+        [info.base_name, content]
+        for info, content in zip(files, contents(location.fs, files), strict=True)
+    ]
 
 
 @functools.cache

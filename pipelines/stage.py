@@ -20,6 +20,7 @@ import ray
 import ray.data
 
 from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.credentials import redacted
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, PACKAGES
@@ -211,7 +212,7 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
         folder = f"{draft.root.path}/{ERRORS}"
         path = f"{folder}/{draft.spec.name.replace('/', '-')}-{name}.txt"
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
+        text = redacted(f"{subject}\n{now}\n\n{traceback.format_exc()}")
         kept = f"its traceback is in {path}"
         try:
             draft.root.fs.create_dir(folder, recursive=True)
