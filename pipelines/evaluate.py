@@ -12,21 +12,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
 import ray
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.config import Config, runtime
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import MEAN, SCORES
+from pipelines.mteb_tasks import check_task
 from pipelines.retrieval_tests import RetrievalTest, RetrievalTestConfig, read_test
 from pipelines.sources import origin
 from pipelines.stage import fetch, told
 from train.launch import EXPORT
-from train.model import ModelRef
+from train.model import ModelRef, load_embedder
 
 # What mteb registers as its own, ranks a corpus and has neither weights nor a tokenizer to fetch.
 BASELINES = frozenset(
@@ -42,8 +43,8 @@ class EvaluateConfig(Config):
     tests: list[RetrievalTestConfig] = Field(
         [], description="local retrieval tests, kept out of training"
     )
-    tasks: list[str] = Field(
-        [], description="mteb tasks by name, such as MSMARCO or NanoMSMARCORetrieval"
+    tasks: list[Annotated[str, AfterValidator(check_task)]] = Field(
+        [], description="mteb's retrieval tasks by name, such as MSMARCO or NanoMSMARCORetrieval"
     )
     references: dict[str, ModelRef] = Field(
         {}, description="models to measure beside the trained ones; mteb/baseline-bm25s is BM25"
@@ -51,6 +52,18 @@ class EvaluateConfig(Config):
 
     cpus_per_worker: float = runtime(1, gt=0)
     gpus_per_worker: float = runtime(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_tests_apart(self) -> Self:
+        names = [*(test.name for test in self.tests), *self.tasks]
+        if name := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"{names.count(name)} of tests and tasks are called {name}, and one's scores would "
+                "take the other's place; rename or remove all but one"
+            )
+        if MEAN in names:
+            raise ValueError(f"a test is called {MEAN}, as the mean over all is; rename it")
+        return self
 
     def pinned(self) -> Self:
         references = {
@@ -95,7 +108,7 @@ class StudentTests:
         return [read_test(test) for test in self.config.tests]
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        rows, _ = _measure(_load_folder(model, device), self._tests, self.config.tasks)
+        rows, _ = _measure(load_embedder(model, device), self._tests, self.config.tasks)
         return rows
 
 
@@ -222,20 +235,8 @@ def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
         import mteb
 
         return mteb.get_model(model.name)
-    return _load_folder(
+    return load_embedder(
         model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder()
-    )
-
-
-def _load_folder(folder: Path, device: str | None = None) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(
-        str(folder),
-        device=device,
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True},
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.config import Config, override, read_yaml, runtime, validate
@@ -52,7 +52,7 @@ class RunConfig(Config):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
-    arms: dict[str, dict[str, Any]] = Field(
+    arms: dict[str, dict[str, JsonValue]] = Field(
         {},
         description="runs to compare: name -> dotted settings that differ; artifacts they share "
         "are made once",
@@ -66,6 +66,19 @@ class RunConfig(Config):
                 "name some in "
                 "evaluate.tests or evaluate.tasks"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_runs_apart(self) -> Self:
+        arms = self.arms or {self.name: {}}
+        if "" in arms:
+            raise ValueError("an arm has an empty name; name it")
+        for arm in arms:
+            if arm in self.evaluate.references:
+                raise ValueError(
+                    f"arm {arm} is named like evaluate.references.{arm}, and its scores would take "
+                    "the other's place; rename one"
+                )
         return self
 
     @model_validator(mode="after")
