@@ -20,7 +20,7 @@ from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.errors import StrataError
 from pipelines.stage import Task, Workers, make
-from train.model import ModelRef
+from train.model import ModelRef, load_embedder
 
 _ROW_GROUP_ROWS = 8192
 
@@ -116,8 +116,6 @@ class Teacher:
     """
 
     def __init__(self, config: EmbedConfig) -> None:
-        from sentence_transformers import SentenceTransformer
-
         # Ray shows a node's GPUs to workers that asked for none as well.
         device = "cuda" if config.gpus_per_worker else "cpu"
         if config.gpus_per_worker and not torch.cuda.is_available():
@@ -127,18 +125,8 @@ class Teacher:
                 "that torch can use though Ray counts one there; install a driver and a torch with "
                 "CUDA, or set it to 0"
             )
-        # A folder without modules.json is a plain encoder: sentence-transformers pools it by the
-        # mean.
-        self.model = SentenceTransformer(
-            str(config.teacher.folder()),
-            device=device,
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={
-                "use_safetensors": True,
-                "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            },
-        ).eval()
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.model = load_embedder(config.teacher.folder(), device, dtype=dtype).eval()
         self.spent: dict[str, float] = defaultdict(float)
         # A CPU gains nothing from large batches, and small ones hold texts of one length: 1.4 to
         # 2.3 times as fast.
