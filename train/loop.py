@@ -35,7 +35,10 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig
     steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
     epochs: float | None = Field(
-        None, gt=0, description="epochs of the plan; with phases, their number of epochs added up"
+        None,
+        gt=0,
+        le=1_000_000,
+        description="epochs of the plan; with phases, their number of epochs added up",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",

@@ -39,6 +39,7 @@ from clusterlib.batches.permutation import permute
 from clusterlib.clusters.shards import ShardIndex
 from clusterlib.errors import StrataError
 
+_MOST = 1_000_000  # times that a setting may have rows visited
 _FILLING = 2**32  # keys of permutations from here on are no source's or stratum's own
 
 Strategy = Literal["random", "source", "cluster", "topic", "neighbors"]
@@ -133,8 +134,10 @@ class BatchingConfig(Config):
     @classmethod
     def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
         for source, weight in weights.items():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"{source} has weight {weight}; give a positive number")
+            if not 0 < weight <= _MOST:
+                raise ValueError(
+                    f"{source} has weight {weight}; give a positive number up to {_MOST:,}"
+                )
         return weights
 
     @model_validator(mode="after")
