@@ -16,6 +16,7 @@ import ray
 import ray.data
 
 from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.credentials import redacted
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.storage import write
 from clusterlib.errors import StrataError
@@ -186,7 +187,7 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
     except Exception as error:  # noqa: BLE001
         path = f"{draft.root.path}/{ERRORS}/{draft.spec.name.replace('/', '-')}-{name}.txt"
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
+        text = redacted(f"{subject}\n{now}\n\n{traceback.format_exc()}")
         kept = f"its traceback is in {path}"
         try:
             write(draft.root.fs, path, text.encode(errors="backslashreplace"))

@@ -131,21 +131,30 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a local path or URI, patient where it is not local, and the path on it.
 
     Raises:
-        StrataError: neither pyarrow nor fsspec knows the scheme.
+        StrataError: neither pyarrow nor fsspec knows the scheme, it names no bucket, or its store
+            cannot be reached.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        import fsspec
-
-        try:
-            inner, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise StrataError(f"{uri}: no file system for it: {error}") from error
-        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
+        return _resolve_by_fsspec(uri, unknown)
+    except OSError as error:
+        raise StrataError(f"{uri}: cannot be reached ({error})") from error
+    if not path:
+        raise StrataError(f"{uri}: names no bucket")
     return patient(filesystem), path
+
+
+def _resolve_by_fsspec(uri: str, unknown: Exception) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    try:
+        inner, path = fsspec.core.url_to_fs(uri)
+    except Exception as error:  # noqa: BLE001 (file systems of others raise whatever they like)
+        raise StrataError(f"{uri}: no file system for it: {unknown}; fsspec: {error}") from error
+    return patient(pafs.PyFileSystem(pafs.FSSpecHandler(inner))), path
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,15 @@ class Root:
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def check_readable(self) -> None:
+        """Raise StrataError for what is no folder, or cannot be reached; it need not be there."""
+        try:
+            self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        except (OSError, pa.ArrowException) as error:
+            raise StrataError(
+                f"--root {self.uri}: cannot be read ({error}); name a folder"
+            ) from error
 
     def check_writable(self) -> None:
         """Raise StrataError where nothing can be written."""

@@ -237,6 +237,21 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes, however it is laid out."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
+    )
+
+
 def decode(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     """A text column as large_string, with null for what is not UTF-8 (Parquet writers do not all
     check).
