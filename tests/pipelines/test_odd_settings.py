@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from clusterlib.artifacts.config import read_yaml
 from pipelines.cli import main
-from pipelines.run import load_recipe
+from pipelines.recipe import load_recipe
 
 ODD = [
     *("", "null", "true", "0", "-1", "1", "3", "1e-320", "1e308", "-0.0", ".inf", ".nan"),
@@ -69,7 +69,7 @@ def test_any_setting_of_a_dry_run(recipe, tmp_path, data):
 )
 @given(data=st.data())
 def test_any_setting_of_a_plan(recipe, shards, tmp_path, monkeypatch, data):
-    monkeypatch.setattr("pipelines.run.Run._open", lambda *_: shards[0])
+    monkeypatch.setattr("clusterlib.artifacts.artifact.Root.open", lambda *_: shards[0])
     config = load_recipe(str(recipe), {}).model_dump(mode="json")
     known = sorted(f"batching.{name}" for name in names(config["batching"]))
     known += ["train.steps", "train.epochs", "batching.source_weights.a"]
