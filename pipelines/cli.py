@@ -21,7 +21,8 @@ STAGES = {
     "ingest": "Read source files into pairs.",
     "embed": "Embed the pairs with the teacher.",
     "cluster": "Fit k-means of every source.",
-    "shard": "Group rows by cluster and tokenise them.",
+    "shard": "Leave out what tests hold out, group rows by cluster and tokenise them.",
+    "contamination": "Count what of the tests occurs in what is trained on.",
     "train": "Train the student of every arm.",
     "evaluate": "Score students and references.",
     "report": "Write the HTML report.",
@@ -120,6 +121,8 @@ def _do(
             }
             for artifact in found.values():
                 click.echo(f"{stage}: {artifact.path}")
+                if stage == "contamination":
+                    _show_contamination(artifact)
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
@@ -259,6 +262,13 @@ def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> No
         click.echo(listing(found))
     else:
         click.echo("\n".join(as_text(describe(item)) for item in found))
+
+
+def _show_contamination(made: Artifact) -> None:
+    from pipelines.contamination import format_contamination
+
+    if made.num_rows:
+        click.echo(f"\n{format_contamination(made.read().to_pylist())}\n")
 
 
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from clusterlib.clusters import kmeans
 from clusterlib.clusters.diagnostics import top_terms
 from clusterlib.clusters.tree import Node
 from pipelines.cluster import of_source
+from pipelines.contamination import MEANING, examples, summary
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
 from train.data import shard_index
@@ -44,7 +45,7 @@ def report_spec(name: str, inputs: Mapping[str, Mapping[str, str]]) -> Spec:
         for owner, artifacts in inputs.items()
         for kind, artifact in artifacts.items()
     }
-    return Spec("report", 1, {"name": name}, flat)
+    return Spec("report", 2, {"name": name}, flat)
 
 
 def report(
@@ -84,6 +85,9 @@ def report(
         tables=tables,
         funnel=_funnel(first, arms),
         rejects=first["pairs"].manifest["rejects"],
+        held_out=first["shards"].manifest["rejects"],
+        contamination=_contamination(arms),
+        meaning=MEANING,
         curves=_curves(arms),
         clusters=_clusters(arms),
         fits=first["centroids"].stats["fits"],
@@ -180,7 +184,11 @@ def _funnel(
             f"{sum(pairs.manifest['rejects'].values()):,} left out, by reason below",
         ),
         ("embedded", first["embeddings"].num_rows, ""),
-        ("in shards", first["shards"].num_rows, ""),
+        (
+            "in shards",
+            first["shards"].num_rows,
+            f"{sum(first['shards'].manifest['rejects'].values()):,} held out, by test below",
+        ),
     ]
     for arm, kinds in arms.items():
         for phase in kinds["model"].stats["phases"]:
@@ -190,6 +198,27 @@ def _funnel(
             remark = f"{phase['title']}: {visits['coverage_fraction']:.1%} covered, {pure}"
             steps.append((f"an epoch of {arm}", rows, remark))
     return steps
+
+
+def _contamination(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:
+    """What of the tests occurs in training, once for all arms that train on the same pairs."""
+    owners: dict[str, list[str]] = {}
+    for arm, kinds in arms.items():
+        owners.setdefault(kinds["contamination"].name, []).append(arm)
+    found = []
+    for names in owners.values():
+        made = arms[names[0]]["contamination"]
+        counts = made.read().to_pylist()
+        found.append(
+            {
+                "arms": names if len(owners) > 1 else [],
+                "num_training_rows": made.stats["num_training_rows"],
+                "summary": summary(counts),
+                "counts": counts,
+                "examples": examples(made.read("matches")),
+            }
+        )
+    return found
 
 
 def _arm_rows(arms: Mapping[str, Mapping[str, Artifact]]) -> list[dict[str, Any]]:

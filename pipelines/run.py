@@ -19,6 +19,7 @@ from clusterlib.batches.plan import BatchingConfig, Plan
 from clusterlib.batches.visits import PhaseSummary, summarize
 from clusterlib.errors import StrataError
 from pipelines.cluster import ClusterConfig, centroids_spec, cluster
+from pipelines.contamination import contamination, contamination_spec
 from pipelines.embed import EmbedConfig, embed, embeddings_spec
 from pipelines.evaluate import EvaluateConfig, StudentTests, evaluate, scores_spec
 from pipelines.files import absolute
@@ -144,6 +145,12 @@ class Chain:
             self.centroids.fingerprint,
         )
 
+    @functools.cached_property
+    def contamination(self) -> Spec:
+        return contamination_spec(
+            self.config.evaluate.all_tests, self.embeddings.fingerprint, self.shards.fingerprint
+        )
+
     @property
     def tests(self) -> StudentTests:
         return StudentTests(self.config.evaluate)
@@ -155,7 +162,14 @@ class Chain:
         )
 
     def specs(self) -> list[Spec]:
-        return [self.pairs, self.embeddings, self.centroids, self.shards, self.model]
+        return [
+            self.pairs,
+            self.embeddings,
+            self.centroids,
+            self.shards,
+            self.contamination,
+            self.model,
+        ]
 
 
 class Run:
@@ -213,6 +227,18 @@ class Run:
                 chain.config.evaluate.all_tests,
                 self._open(chain.embeddings, "embed"),
                 self._open(chain.centroids, "cluster"),
+                self.root,
+            )
+            for arm, chain in self.arms.items()
+        }
+
+    def contamination(self) -> dict[str, Artifact]:
+        """What of the tests occurs in the shards of each arm."""
+        return {
+            arm: contamination(
+                chain.config.evaluate.all_tests,
+                self._open(chain.embeddings, "embed"),
+                self._open(chain.shards, "shard"),
                 self.root,
             )
             for arm, chain in self.arms.items()
