@@ -110,13 +110,14 @@ def contamination(
 
 
 def rejected_rows(shards: Artifact) -> dict[str, np.ndarray]:
-    """Part of the embeddings -> the rows that are not in the shards, int64, sorted."""
+    """Part of the embeddings -> the rows that are not in the shards, int64."""
     if not shards.parts("rejects"):
         return {}
-    table = shards.read("rejects", columns=["file", "row"])
+    grouped = shards.read("rejects", columns=["file", "row"]).group_by("file")
+    rows = grouped.aggregate([("row", "list")])
     return {
-        file: np.sort(table.filter(pc.equal(table["file"], file))["row"].to_numpy())
-        for file in pc.unique(table["file"]).to_pylist()
+        file: rows["row_list"][number].values.to_numpy()
+        for number, file in enumerate(rows["file"].to_pylist())
     }
 
 
@@ -183,11 +184,8 @@ class Wanted:
         return pa.Table.from_arrays([*columns, *found.columns[1:]], schema=MATCHES)
 
     def _match_of_each(self, found: pa.Table) -> pa.Array:
-        matches: list[str | None] = [None] * self.listed.num_rows
-        for number, match in zip(
-            found["number"].to_pylist(), found["match"].to_pylist(), strict=True
-        ):
-            matches[number] = match
+        matches = np.full(self.listed.num_rows, None)
+        matches[found["number"].to_numpy()] = found["match"].to_pylist()
         return pa.array(matches, pa.string())
 
 
