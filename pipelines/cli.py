@@ -116,6 +116,8 @@ def _do(
         for stage in stages:
             for artifact in run.make(stage):
                 click.echo(f"{stage}: {artifact.path}")
+                if stage == "contamination":
+                    _show_contamination(artifact)
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
@@ -296,6 +298,13 @@ def _clean(recipes: tuple[str, ...], root: str, delete: bool) -> None:
         for waste in found:
             waste.delete()
     click.echo("deleted" if delete else "nothing was deleted; --delete does it")
+
+
+def _show_contamination(made: Artifact) -> None:
+    from pipelines.contamination import format_contamination
+
+    if made.num_rows:
+        click.echo(f"\n{format_contamination(made.read().to_pylist())}\n")
 
 
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-r"""Soak: ingest, embed, cluster and shard under random SIGKILLs.
+r"""Soak: the data stages, from ingest to contamination, under random SIGKILLs.
 
 While a driver works, kills a worker, the driver or the raylet at a random moment, again and again;
 a driver that is gone is started anew, until the artifacts are finished. They must equal an
@@ -50,7 +50,7 @@ def prepare(words: list[str], root: str) -> None:
     # at work.
     ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR")
     with ray_session(None):
-        for stage in ("ingest", "embed", "cluster", "shard"):
+        for stage in ("ingest", "embed", "cluster", "shard", "contamination"):
             run.make(stage)
 
 

@@ -167,7 +167,7 @@ def test_dry_run_shows_what_would_run_and_writes_nothing(recipe, tmp_path):
     assert "steps: 7" in result.output
     assert [
         line.split()[0] for line in result.output.splitlines() if line.startswith("to make")
-    ] == ["to"] * 10
+    ] == ["to"] * 11
     assert not (tmp_path / "root").exists()
 
 
