@@ -18,15 +18,17 @@ from clusterlib.errors import StrataError
 from pipelines import contamination as stage
 from pipelines.cli import main
 from pipelines.contamination import (
+    STAGE,
+    Source,
     _gathered,
     _Worker,
     collect,
-    contamination,
     contamination_spec,
     rejected_rows,
     summary,
 )
 from pipelines.retrieval_tests import RetrievalTestConfig, TaskConfig
+from pipelines.stage import find_or_make
 
 RUN = "the quick brown fox jumps over the lazy dog while seven grey cats look on in silence"
 
@@ -51,10 +53,12 @@ def as_test(folder, passages, queries, **changes):
 
 def trained_on(root, pairs, left_out=()):
     """What the stage reads, in two parts: pairs as embeddings without vectors, and shards that hold
-    all of them but the rows `left_out`.
+    all of them but the rows `left_out`; the spec of the latter.
     """
-    embeddings = Draft(root, Spec("embeddings", 1, {"pairs": pairs}))
-    shards = Draft(root, Spec("shards", 1, {"left_out": list(left_out)}))
+    of_pairs = Spec("embeddings", 1, {"pairs": pairs})
+    embeddings = Draft(root, of_pairs)
+    spec = Spec("shards", 1, {"left_out": list(left_out)}, {"embeddings": of_pairs}, label="s")
+    shards = Draft(root, spec)
     made, kept, refused = [], [], []
     middle = len(pairs) // 2
     for first, rows in ((0, pairs[:middle]), (middle, pairs[middle:])):
@@ -73,20 +77,25 @@ def trained_on(root, pairs, left_out=()):
         table = rejects("s", [part.path] * len(inside), inside, ["why"] * len(inside))
         refused.append(shards.write("rejects", f"{first}", table.schema, [table]))
     num_rows = len(pairs)
-    return (
-        embeddings.publish([Receipt(made, num_rows)]),
-        shards.publish([Receipt([*kept, *refused], num_rows, {"why": len(left_out)})]),
-    )
+    embeddings.publish([Receipt(made, num_rows)])
+    shards.publish([Receipt([*kept, *refused], num_rows, {"why": len(left_out)})])
+    return spec
+
+
+def make(root, tests, shards):
+    return find_or_make(STAGE, [contamination_spec(tests, {"s": shards}, "arm")], root)[0]
 
 
 def look(root, tests, pairs, left_out=(), block_rows=3):
     """The stage in this process: its counts and matches as dicts."""
-    embeddings, shards = trained_on(root, pairs, left_out)
+    shards = trained_on(root, pairs, left_out)
     wanted = collect(tests)
-    fingerprints = (embeddings.fingerprint, shards.fingerprint)
-    draft = Draft(root, contamination_spec(tests, *fingerprints))
-    worker = _Worker(embeddings, draft, ray.put((wanted.index, rejected_rows(shards))))
-    receipts = [worker(work) for work in enumerate(embeddings.blocks(block_rows))]
+    draft = Draft(root, contamination_spec(tests, {"s": shards}, "arm"))
+    embeddings = root.open(shards.inputs["embeddings"])
+    source = Source(embeddings, rejected_rows(root.open(shards)))
+    worker = _Worker(draft, ray.put((wanted.index, [source])))
+    blocks = enumerate(embeddings.blocks(block_rows))
+    receipts = [worker((0, number, block)) for number, block in blocks]
     found, others = _gathered(draft, receipts, wanted)
     return wanted.table(found, others).to_pylist(), wanted.matches(found).to_pylist()
 
@@ -205,9 +214,9 @@ def test_the_artifact_is_found_again_and_names_every_match(ray_running, tmp_path
     monkeypatch.setattr(stage, "_BLOCK_ROWS", 2)
     root = Root(str(tmp_path / "root"))
     pairs = [("a", f"{RUN} {'x' * 2000}"), ("Asked", "b"), ("c", "d"), ("e", "f"), ("g", RUN)]
-    embeddings, shards = trained_on(root, pairs, left_out=[4])
+    shards = trained_on(root, pairs, left_out=[4])
     tests = [as_test(tmp_path / "test", [("", RUN, True), ("T", "f", False)], ["asked"])]
-    made = contamination(tests, embeddings, shards, root)
+    made = make(root, tests, shards)
     made.verify()
     assert made.read().to_pylist() == [
         {"test": "t", "hold_out": "none"} | dict(zip(list(row)[2:], values, strict=True))
@@ -228,8 +237,8 @@ def test_the_artifact_is_found_again_and_names_every_match(ray_running, tmp_path
     assert len(passage["training_text"]) == 1000
     assert made.stats == {"num_training_rows": 4}
     assert {part["table"] for part in made.manifest["parts"]} == {"contamination", "matches"}
-    assert contamination(tests, embeddings, shards, root) == made
-    assert contamination([tests[0].replace(name="u")], embeddings, shards, root) != made
+    assert make(root, tests, shards) == made
+    assert make(root, [tests[0].replace(name="u")], shards) != made
 
     for word in ("--json", "contamination"):
         shown = CliRunner().invoke(main, ["inspect", word, "--root", root.uri]).output
@@ -244,7 +253,7 @@ def test_the_artifact_is_found_again_and_names_every_match(ray_running, tmp_path
 
 def test_without_tests_there_is_nothing_to_look_for(ray_running, tmp_path):
     root = Root(str(tmp_path))
-    made = contamination([], *trained_on(root, [("a", "b"), ("c", "d")]), root)
+    made = make(root, [], trained_on(root, [("a", "b"), ("c", "d")]))
     assert made.num_rows == 0 and made.read("matches").num_rows == 0
 
 
