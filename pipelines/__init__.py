@@ -18,6 +18,8 @@ STAGES = {
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "RAY_COLOR_PREFIX": "0",  # colour codes go into files too
+    "RAY_DEDUP_LOGS": "0",  # a remark on what is repeated, in colour
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints each line of a rank a second time
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
