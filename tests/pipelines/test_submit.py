@@ -19,7 +19,7 @@ def test_a_job_runs_the_same_command_and_returns_its_status(
         "ingest: " in result.output and "succeeded" in result.output
     )  # the job's log, and its end
     (pairs,) = Root(str(tmp_path / "root")).artifacts()
-    assert pairs.num_rows == 160 and pairs.config["ingest"]["max_chars"] == 5000
+    assert pairs.num_rows == 160 and pairs.config["max_chars"] == 5000
 
 
 def test_a_failed_job_fails_here_with_its_message(ray_running, recipe, tmp_path):
