@@ -226,7 +226,7 @@ def test_a_task_that_mteb_cannot_rank_texts_by_is_refused_at_the_start(recipe, t
     def told(*tasks, of="evaluate.tasks"):
         return refused(strata(*command, recipe, f"{of}=[{', '.join(tasks)}]", "--root", tmp_path))
 
-    assert "evaluate.tasks.1: mteb has no task 'msmarko'; did you mean MSMARCO" in told(
+    assert "evaluate.tasks.1.name: mteb has no task 'msmarko'; did you mean MSMARCO" in told(
         "NFCorpus", "msmarko"
     )
     assert "Banking77Classification is a task of type Classification" in told(
@@ -239,7 +239,7 @@ def test_a_task_that_mteb_cannot_rank_texts_by_is_refused_at_the_start(recipe, t
     arms = "arms={one: {}, two: {evaluate.tasks: [FiQA-2018]}}"
     refused(
         strata(*command, recipe, arms, "--root", tmp_path),
-        "arms.two: evaluate.tasks.0: mteb has no task 'FiQA-2018'; did you mean FiQA2018",
+        "arms.two: evaluate.tasks.0.name: mteb has no task 'FiQA-2018'; did you mean FiQA2018",
     )
     assert kinds(tmp_path) == set()
 
