@@ -475,8 +475,9 @@ def test_a_test_more_makes_its_shards_and_no_vector_and_shows_what_is_contaminat
 def test_a_test_shapes_no_data_before_the_shards_and_these_by_what_it_holds_out(
     recipe, change, changed
 ):
+    alone = {"arms": {}, "evaluate.references": {}}
     before, after = (
-        Run(load_recipe(str(recipe), {"evaluate.references": {}, **changes}), Root("nowhere"))
+        Run(load_recipe(str(recipe), {**alone, **changes}), Root("nowhere"))
         for changes in ({}, change)
     )
     kinds = ("pairs", "embeddings", "centroids", "shards", "model")
