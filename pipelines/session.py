@@ -21,7 +21,7 @@ from pipelines import ENVIRONMENT, PACKAGES
 
 _LOOPBACK = "127.0.0.1"
 # What Ray's C++ logs, such as `[2026-11-25 12:46:40,455 E 21682 21719] core_worker.cc:2465: ...`.
-_LOGGED_BY_RAY = re.compile(r"\[[\d :,-]+ [DIWE] \d+ \d+\] \S+\.(cc|h):\d+: ")
+_LOGGED_BY_RAY = re.compile(r"\[[\d :,-]+ [DIWE] \d+ \d+\] (\(\w+\) )?\S+\.(cc|h):\d+: ")
 
 
 @contextmanager
@@ -98,12 +98,11 @@ def _plain_output() -> Iterator[None]:
 
 
 def _print_lines(data: dict[str, Any]) -> None:
-    if not str(data["pid"]).isdecimal():  # of Ray's own processes, such as its autoscaler
-        ray._private.worker.print_to_stdstream(data, ignore_prefix=False)
-        return
+    # Ray's own processes, such as its autoscaler, have names for numbers.
+    whose = "" if str(data["pid"]).isdecimal() else f"ray {data['pid']}: "
     for line in data["lines"]:
         if not _LOGGED_BY_RAY.match(line):
-            print(line, file=sys.stderr if data["is_err"] else sys.stdout, flush=True)
+            print(f"{whose}{line}", file=sys.stderr if data["is_err"] else sys.stdout, flush=True)
 
 
 class _Nobody:

@@ -8,6 +8,8 @@ import sys
 import psutil
 import pytest
 
+from pipelines.session import _print_lines
+
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -49,6 +51,20 @@ def test_a_log_holds_our_lines_as_they_are_and_no_noise(watched):
     assert re.search(r"^train step 3/3 loss \d", stdout, re.MULTILINE)
     assert re.search(r"^embed: \d+/\d+ tasks, ", stderr, re.MULTILINE)
     assert len(stderr.splitlines()) < 20, stderr
+
+
+@pytest.mark.parametrize(
+    ("pid", "line", "shown"),
+    [
+        (12, "train step 3/3 loss 1.2", "train step 3/3 loss 1.2"),
+        (12, "[2026-11-25 12:46:40,455 E 21682 21719] core_worker.cc:2465: Actor", None),
+        ("gcs_server", "[2026-11-25 15:02:59,323 E 1 1] (gcs_server) a_b.cc:538: Failed", None),
+        ("autoscaler", "Error: No available node", "ray autoscaler: Error: No available node"),
+    ],
+)
+def test_what_rays_own_code_logs_is_left_in_its_files(capsys, pid, line, shown):
+    _print_lines({"pid": pid, "lines": [line], "is_err": False})
+    assert capsys.readouterr().out == (f"{shown}\n" if shown else "")
 
 
 def test_nothing_listens_beyond_loopback_but_torchs_store(watched):
