@@ -14,7 +14,7 @@ from clusterlib.errors import StrataError
 from pipelines import ENVIRONMENT, STAGES
 
 if TYPE_CHECKING:
-    from clusterlib.artifacts.artifact import Artifact
+    from clusterlib.artifacts.artifact import Artifact, Root
     from pipelines.recipe import RunConfig
     from pipelines.run import Run
 
@@ -74,14 +74,23 @@ def _load(recipe: str, overrides: tuple[str, ...]) -> RunConfig:
     return load_recipe(recipe, parse_overrides(overrides))
 
 
+def _root_at(uri: str) -> Root:
+    from clusterlib.artifacts.artifact import Root
+    from clusterlib.artifacts.config import refuse_credentials
+    from pipelines.files import absolute
+
+    refuse_credentials("--root", uri)
+    root = Root(absolute(uri))
+    root.check_readable()
+    return root
+
+
 def _open(recipe: str, overrides: tuple[str, ...], root: str, dry_run: bool) -> Run | None:
     """The run to do, its root writable; None when it was only to be shown."""
     config = _load(recipe, overrides)
-    from clusterlib.artifacts.artifact import Root
-    from pipelines.files import absolute
     from pipelines.run import Run
 
-    run = Run(config, Root(absolute(root)))
+    run = Run(config, _root_at(root))
     if dry_run:
         _dry_run(run)
         return None
@@ -107,6 +116,8 @@ def _do(
         for stage in stages:
             for artifact in run.make(stage):
                 click.echo(f"{stage}: {artifact.path}")
+                if stage == "contamination":
+                    _show_contamination(artifact)
     if "evaluate" in stages:
         _show_scores(run.scores(), list(run.arms))
     if "report" in stages:
@@ -142,6 +153,10 @@ def _evaluate(models: tuple[str, ...], **arguments: Any) -> None:
     if not models:
         _do(["evaluate"], **arguments)
         return
+    from clusterlib.artifacts.config import refuse_credentials
+
+    for name in models:
+        refuse_credentials("--model", name)
     address = arguments.pop("address")
     run = _open(**arguments)
     if run is None:
@@ -186,11 +201,10 @@ def _plan(recipe: str, overrides: tuple[str, ...], root: str) -> None:
     visited again.
     """
     config = _load(recipe, overrides)
-    from clusterlib.artifacts.artifact import Root
     from pipelines.plan import format_plan
     from pipelines.run import Run
 
-    run = Run(config, Root(root))
+    run = Run(config, _root_at(root))
     for arm, phases in run.plan().items():
         click.echo(f"{format_plan(arm, phases, run.arms[arm].config.batching.global_batch_size)}\n")
 
@@ -211,8 +225,10 @@ def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str,
     status.
     """
     config = _load(recipe, overrides)
+    from clusterlib.artifacts.config import refuse_credentials
     from pipelines.submit import submit
 
+    refuse_credentials("--root", root)
     sys.exit(submit(config, command, root, address))
 
 
@@ -225,10 +241,9 @@ def _submit(command: str, recipe: str, overrides: tuple[str, ...], address: str,
 )
 def _inspect(artifact: str | None, root: str, verify: bool, as_json: bool) -> None:
     """Show an ARTIFACT, named KIND or KIND/FINGERPRINT; list all without one."""
-    from clusterlib.artifacts.artifact import Root
     from pipelines.inspect import as_text, describe, listing
 
-    opened = Root(root)
+    opened = _root_at(root)
     artifacts = opened.artifacts()
     found = [item for item in artifacts if artifact in (None, item.kind, item.name)]
     if artifact is not None and not found:
@@ -259,6 +274,39 @@ def _settings(section: str, markdown: bool) -> None:
     click.echo(as_markdown(found) if markdown else as_text(found), nl=not markdown)
 
 
+@main.command("clean", cls=_Command)
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@_root
+@click.option("--delete", is_flag=True, help="Delete what is shown.")
+def _clean(recipes: tuple[str, ...], root: str, delete: bool) -> None:
+    """Show what no RECIPE given needs: in the root, artifacts, drafts nobody works on and files
+    that no manifest names; on this machine, caches.
+
+    Without a RECIPE all finished artifacts and caches stay. What a driver is writing always does;
+    what it reads does if its recipe is given.
+    """
+    configs = [_load(recipe, ()) for recipe in recipes]
+    from clusterlib.artifacts.artifact import Root
+    from pipelines.clean import as_text, survey
+    from pipelines.files import absolute
+    from pipelines.run import Run
+
+    opened = Root(absolute(root))
+    found = survey(opened, [Run(config, opened) for config in configs])
+    click.echo(as_text(found))
+    if delete:
+        for waste in found:
+            waste.delete()
+    click.echo("deleted" if delete else "nothing was deleted; --delete does it")
+
+
+def _show_contamination(made: Artifact) -> None:
+    from pipelines.contamination import format_contamination
+
+    if made.num_rows:
+        click.echo(f"\n{format_contamination(made.read().to_pylist())}\n")
+
+
 def _show_scores(scores: Mapping[str, Artifact], arms: Sequence[str]) -> None:
     from pipelines.report import format_scores, score_tables, verdict
 
@@ -274,12 +322,7 @@ def _dry_run(run: Run) -> None:
     click.echo(
         yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     )
-    try:
-        specs = run.all_specs()
-    except StrataError as error:
-        click.echo(f"What would run cannot be told yet: {error}")
-        return
-    for spec in specs:
+    for spec in run.all_specs():
         state = "done" if run.root.find(spec) else "to make"
         click.echo(f"{state:<8} {spec.name:<32} {spec.label}")
 

@@ -21,7 +21,7 @@ from clusterlib.artifacts.tables import embeddings_schema, fixed_size_list
 from clusterlib.errors import StrataError
 from pipelines.stage import Stage
 from pipelines.tasks import Job, Task, Workers, make
-from train.model import ModelRef
+from train.model import ModelRef, load_embedder
 
 if TYPE_CHECKING:
     from pipelines.run import Arm
@@ -208,19 +208,8 @@ class Teacher:
 @functools.lru_cache(maxsize=1)
 def _load(teacher: ModelRef, precision: str, device: str) -> Any:
     """A teacher that all sources' tasks in this process share, each with its own prompts."""
-    from sentence_transformers import SentenceTransformer
-
-    # A folder without modules.json is a plain encoder: sentence-transformers pools it by the mean.
-    return SentenceTransformer(
-        str(teacher.folder()),
-        device=device,
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs={
-            "use_safetensors": True,
-            "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
-        },
-    ).eval()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return load_embedder(teacher.folder(), device, dtype=dtype).eval()
 
 
 def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

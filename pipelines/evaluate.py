@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import ray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clusterlib.artifacts.artifact import Artifact, Root, Spec
 from clusterlib.artifacts.config import Config, fingerprint, plain, runtime
@@ -34,7 +34,7 @@ from pipelines.sources import origin
 from pipelines.stage import Stage
 from pipelines.tasks import fetch, told
 from train.export import EXPORT
-from train.model import ModelRef
+from train.model import ModelRef, load_embedder
 
 if TYPE_CHECKING:
     from pipelines.run import Arm
@@ -79,6 +79,18 @@ class EvaluateConfig(Config):
         held out.
         """
         return {"tests": plain(self.tests), "tasks": self.task_names}
+
+    @model_validator(mode="after")
+    def _names_tests_apart(self) -> Self:
+        names = [test.name for test in self.all_tests]
+        if name := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"{names.count(name)} of tests and tasks are called {name}, and one's scores would "
+                "take the other's place; rename or remove all but one"
+            )
+        if MEAN in names:
+            raise ValueError(f"a test is called {MEAN}, as the mean over all is; rename it")
+        return self
 
     def pinned(self) -> Self:
         references = {
@@ -156,7 +168,7 @@ def mean_score(scores: Artifact, metric: str) -> float:
 
 @dataclass(frozen=True)
 class StudentTests:
-    """Tests to score students with while they learn: a train.launch.Tests."""
+    """Tests to score students with while they learn: a train.learner.Tests."""
 
     tests: Sequence[RetrievalTestConfig]
     tasks: Sequence[str]
@@ -172,7 +184,7 @@ class StudentTests:
         return [read_test(test) for test in self.tests]
 
     def __call__(self, model: Path, device: str) -> list[dict[str, Any]]:
-        rows, _ = _measure(_load_folder(model, device), self._tests, self.tasks)
+        rows, _ = _measure(load_embedder(model, device), self._tests, self.tasks)
         return rows
 
 
@@ -253,20 +265,8 @@ def _load(model: Artifact | ModelRef, scratch: Path) -> Any:
         import mteb
 
         return mteb.get_model(model.name)
-    return _load_folder(
+    return load_embedder(
         model.download(EXPORT, scratch) if isinstance(model, Artifact) else model.folder()
-    )
-
-
-def _load_folder(folder: Path, device: str | None = None) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(
-        str(folder),
-        device=device,
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True},
     )
 
 

@@ -45,7 +45,25 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         {"depth": depth, "name": name, "found": found is not None}
         for depth, name, found in lineage(artifact)
     ]
-    return {"path": artifact.path, **manifest, "tables": tables, "made_from": made_from}
+    return {
+        "path": artifact.path,
+        **manifest,
+        "tables": tables,
+        "made_from": made_from,
+        "contamination": _contamination(artifact),
+    }
+
+
+def _contamination(artifact: Artifact) -> dict[str, Any] | None:
+    """The counts and examples of a contamination table; None of other artifacts."""
+    if artifact.kind != "contamination":
+        return None
+    from pipelines.contamination import examples
+
+    return {
+        "counts": artifact.read().to_pylist(),
+        "examples": examples(artifact.read("matches")),
+    }
 
 
 def as_text(described: Mapping[str, Any]) -> str:
@@ -70,6 +88,11 @@ def as_text(described: Mapping[str, Any]) -> str:
                 dict(described[title]), sort_keys=False, default_flow_style=None, width=110
             )
             lines += [f"{title}:", *(f"  {line}" for line in text.splitlines())]
+    if described["contamination"]:
+        from pipelines.contamination import MEANING, format_contamination
+
+        table = described["contamination"]
+        lines += [format_contamination(table["counts"], table["examples"]), MEANING]
     lines.append("made from:")
     lines += [
         f"  {'  ' * it['depth']}{it['name']}{'' if it['found'] else '  (gone)'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from clusterlib.artifacts.config import Config, override, read_yaml, runtime, validate
 from clusterlib.batches.plan import BatchingConfig
@@ -37,7 +37,7 @@ class RunConfig(Config):
     embed: EmbedConfig
     cluster: ClusterConfig
     shard: ShardConfig
-    sources: dict[str, dict[str, Any]] = Field(
+    sources: dict[str, dict[str, JsonValue]] = Field(
         {},
         description="source -> dotted settings of embed, cluster and shard that differ for it, "
         "such as embed.query_prompt, cluster.num_leaves or shard.passage_max_tokens",
@@ -46,7 +46,7 @@ class RunConfig(Config):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     tune: TuneConfig = TuneConfig()
-    arms: dict[str, dict[str, Any]] = Field(
+    arms: dict[str, dict[str, JsonValue]] = Field(
         {},
         description="runs to compare: name -> dotted settings that differ; artifacts they share "
         "are made once",
@@ -54,7 +54,9 @@ class RunConfig(Config):
 
     @field_validator("sources")
     @classmethod
-    def _may_differ(cls, sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _may_differ(
+        cls, sources: dict[str, dict[str, JsonValue]]
+    ) -> dict[str, dict[str, JsonValue]]:
         for source, changes in sources.items():
             for name in changes:
                 shared = any(f"{name}.".startswith(f"{other}.") for other in _SHARED)
@@ -64,6 +66,19 @@ class RunConfig(Config):
                         f"{', '.join(_BY_SOURCE)}"
                     )
         return sources
+
+    @model_validator(mode="after")
+    def _names_runs_apart(self) -> Self:
+        arms = self.arms or {self.name: {}}
+        if "" in arms:
+            raise ValueError("an arm has an empty name; name it")
+        for arm in arms:
+            if arm in self.evaluate.references:
+                raise ValueError(
+                    f"arm {arm} is named like evaluate.references.{arm}, and its scores would take "
+                    "the other's place; rename one"
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:

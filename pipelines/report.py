@@ -24,6 +24,7 @@ from clusterlib.clusters import kmeans
 from clusterlib.clusters.diagnostics import top_terms
 from clusterlib.clusters.shards import Shards
 from clusterlib.clusters.tree import Node
+from pipelines.contamination import MEANING, examples, summary
 from pipelines.evaluate import METRICS
 from pipelines.shard import leaf_centroids
 from pipelines.stage import Stage
@@ -54,10 +55,15 @@ class Report(Stage):
             for name, other in run.arms.items()
             for model in other.specs("model").values()
         }
+        inputs |= {
+            f"contamination.{name}": table
+            for name, other in run.arms.items()
+            for table in other.specs("contamination").values()
+        }
         inputs |= {f"scores.{scores.label}": scores for scores in run.specs("scores")}
         return {
             run.config.name: Spec(
-                "report", 2, {"recipe": run.config}, inputs, label=run.config.name
+                "report", 3, {"recipe": run.config}, inputs, label=run.config.name
             )
         }
 
@@ -79,16 +85,20 @@ class _Found:
     Attributes:
         arms: name of the arm -> kind -> artifacts, a source after the other.
         scores: by name of the run.
+        contamination: by name of the arm.
     """
 
     def __init__(self, spec: Spec, root: Root) -> None:
         self.recipe: RunConfig = spec.config["recipe"]
         self.arms: dict[str, dict[str, list[Artifact]]] = {}
         self.scores: dict[str, Artifact] = {}
+        self.contamination: dict[str, Artifact] = {}
         for name, made in spec.inputs.items():
             kind, _, owner = name.partition(".")
             if kind == "scores":
                 self.scores[owner] = root.open(made)
+            elif kind == "contamination":
+                self.contamination[owner] = root.open(made)
             else:
                 kinds = _by_kind(made)
                 self.arms[owner] = {
@@ -112,7 +122,10 @@ class _Found:
             for artifact in artifacts
         ]
         return list(
-            {artifact.name: artifact for artifact in [*found, *self.scores.values()]}.values()
+            {
+                artifact.name: artifact
+                for artifact in [*found, *self.contamination.values(), *self.scores.values()]
+            }.values()
         )
 
 
@@ -144,7 +157,10 @@ def _html(found: _Found) -> str:
         verdict=verdict(tables[0], arms),
         tables=tables,
         funnel=_funnel(found),
-        rejects=_rejects(found.first),
+        rejects=_rejects(found.first["pairs"]),
+        held_out=_rejects(found.first["shards"]),
+        contamination=_contamination(found.contamination),
+        meaning=MEANING,
         curves=_curves(found.models),
         clusters=_clusters(found),
         fits={fit.label: fit.stats for fit in found.first["centroids"]},
@@ -226,13 +242,13 @@ def verdict(table: ScoreTable, arms: Sequence[str]) -> str:
 def _funnel(found: _Found) -> list[tuple[str, int, str]]:
     """(step, rows, remark) from what was read to what an epoch visits."""
     first = found.first
-    num_rejects = sum(_rejects(first).values())
+    left_out, kept_out = (sum(_rejects(first[kind]).values()) for kind in ("pairs", "shards"))
     num_read = sum(pairs.manifest["num_rows_in"] for pairs in first["pairs"])
     steps = [
         ("read", num_read, ""),
-        ("usable pairs", _num_rows(first["pairs"]), f"{num_rejects:,} left out, by reason below"),
+        ("usable pairs", _num_rows(first["pairs"]), f"{left_out:,} left out, by reason below"),
         ("embedded", _num_rows(first["embeddings"]), ""),
-        ("in shards", _num_rows(first["shards"]), ""),
+        ("in shards", _num_rows(first["shards"]), f"{kept_out:,} held out, by test below"),
     ]
     for arm, model in found.models.items():
         for phase in model.stats["phases"]:
@@ -248,13 +264,33 @@ def _num_rows(artifacts: Sequence[Artifact]) -> int:
     return sum(artifact.num_rows for artifact in artifacts)
 
 
-def _rejects(kinds: Mapping[str, Sequence[Artifact]]) -> Counter[str]:
-    """Rows that were left out before training, by reason."""
+def _rejects(artifacts: Sequence[Artifact]) -> Counter[str]:
+    """Rows that were left out, by reason."""
     counts: Counter[str] = Counter()
-    for kind in ("pairs", "embeddings", "shards"):
-        for artifact in kinds[kind]:
-            counts.update(artifact.manifest["rejects"])
+    for artifact in artifacts:
+        counts.update(artifact.manifest["rejects"])
     return counts
+
+
+def _contamination(tables: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+    """What of the tests occurs in training, once for all arms that train on the same pairs."""
+    owners: dict[str, list[str]] = {}
+    for arm, table in tables.items():
+        owners.setdefault(table.name, []).append(arm)
+    found = []
+    for names in owners.values():
+        made = tables[names[0]]
+        counts = made.read().to_pylist()
+        found.append(
+            {
+                "arms": names if len(owners) > 1 else [],
+                "num_training_rows": made.stats["num_training_rows"],
+                "summary": summary(counts),
+                "counts": counts,
+                "examples": examples(made.read("matches")),
+            }
+        )
+    return found
 
 
 def _arm_rows(models: Mapping[str, Artifact]) -> list[dict[str, Any]]:

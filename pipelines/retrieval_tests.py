@@ -7,12 +7,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from clusterlib.artifacts.config import Config
 from clusterlib.artifacts.tables import is_text, text_ids
@@ -27,6 +27,7 @@ from pipelines.files import (
     beir_passages,
     beir_texts,
 )
+from pipelines.mteb_tasks import check_task
 
 HoldOut = Literal["corpus", "judged", "none"]
 Role = Literal["query", "judged passage", "other passage"]
@@ -83,7 +84,9 @@ class RetrievalTestConfig(Config):
 class TaskConfig(Config):
     """A retrieval task of mteb."""
 
-    name: str = Field(..., description="mteb's, such as MSMARCO or NanoMSMARCORetrieval")
+    name: Annotated[str, AfterValidator(check_task)] = Field(
+        ..., description="mteb's, such as MSMARCO or NanoMSMARCORetrieval"
+    )
     hold_out: HoldOut = Field("judged", description=_POLICY)
 
     @model_validator(mode="before")
@@ -140,25 +143,10 @@ def read_test(config: RetrievalTestConfig) -> RetrievalTest:
 
 
 def mteb_task(name: str) -> Any:
-    """A retrieval task as mteb registers it, its data not yet loaded.
-
-    Raises:
-        StrataError: mteb has no such task, or it ranks no corpus.
-    """
+    """A retrieval task as mteb registers it, its data not yet loaded."""
     import mteb
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-    try:
-        task = mteb.get_task(name)
-    except KeyError as error:
-        found = str(error.args[0]).removeprefix("KeyError: ")
-        raise StrataError(f"evaluate.tasks: mteb knows no such task: {found}") from error
-    if not isinstance(task, AbsTaskRetrieval):
-        raise StrataError(
-            f"evaluate.tasks: {name} is {task.metadata.type}, not a retrieval task of mteb; its "
-            "parts or another may be one"
-        )
-    return task
+    return mteb.get_task(name)
 
 
 def task_content(config: TaskConfig) -> dict[str, Any]:

@@ -250,26 +250,47 @@ class Run:
     def tune(self) -> list[Outcome]:
         """Train and score every combination of `tune.space` on the shards that are there."""
         tune = self.config.tune
-        trials = [self._trial(changes) for changes in combinations(tune.space)]
-        spec = Spec("tune", 2, {"tune": tune}, self._first_arm.specs("shards"))
-        folder = f"{self.root.path}/{spec.name}"
+        trials = [self._trial(arm) for arm in self._trial_arms()]
+        folder = f"{self.root.path}/{self._tune_spec.name}"
         return search(trials, tune.metric, tune.max_concurrent, folder, bare(self.root.fs))
 
-    @property
-    def _first_arm(self) -> Arm:
-        return next(iter(self.arms.values()))
+    def needs(self) -> set[str]:
+        """Names of all artifacts that the recipe and its trials make, and of what these are made
+        from.
+        """
+        wanted = [*self.all_specs(), self._tune_spec]
+        wanted += [scores for arm in self._trial_arms() for scores in self._scored(arm)]
+        names: set[str] = set()
+        while wanted:
+            spec = wanted.pop()
+            if spec.name not in names:
+                names.add(spec.name)
+                wanted += spec.inputs.values()
+        return names
 
-    def _trial(self, changes: dict[str, Any]) -> Trial:
-        name = " ".join(f"{setting}={value}" for setting, value in changes.items())
-        config = self._recipe.with_overrides(changes, "tune.space").pinned()
-        arm = Arm(name, config, self)
-        (model,) = arm.specs("model").values()
-        scores = scores_spec(self.config.evaluate, name, model)
+    @property
+    def _tune_spec(self) -> Spec:
+        first = next(iter(self.arms.values()))
+        return Spec("tune", 2, {"tune": self.config.tune}, first.specs("shards"))
+
+    def _trial_arms(self) -> Iterator[Arm]:
+        """An arm of every combination of `tune.space`, called by its overrides."""
+        for changes in combinations(self.config.tune.space):
+            name = " ".join(f"{setting}={value}" for setting, value in changes.items())
+            yield Arm(name, self._recipe.with_overrides(changes, "tune.space").pinned(), self)
+
+    def _scored(self, arm: Arm) -> list[Spec]:
+        """The scores of a trial."""
+        config = self.config.evaluate
+        return [scores_spec(config, arm.name, model) for model in arm.specs("model").values()]
+
+    def _trial(self, arm: Arm) -> Trial:
+        (scores,) = self._scored(arm)
+        model = scores.inputs["model"]
         for shards in model.inputs.values():
             self.root.open(shards)  # one message now, rather than one from each trial
-        return Trial(
-            name, functools.partial(_score, model, scores, self.config.tune.metric, self.root)
-        )
+        metric = self.config.tune.metric
+        return Trial(arm.name, functools.partial(_score, model, scores, metric, self.root))
 
 
 def _score(model: Spec, scores: Spec, metric: str, root: Root) -> float:

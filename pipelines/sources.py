@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from clusterlib.artifacts import hub
 from clusterlib.artifacts.config import Config, fingerprint
 from clusterlib.artifacts.digests import contents, of_files
-from clusterlib.artifacts.tables import is_text
+from clusterlib.artifacts.tables import is_bytes, is_text
 from clusterlib.errors import StrataError
 from pipelines.docstrings import module_files, package_version, read_docstrings
 from pipelines.files import (
@@ -193,9 +193,19 @@ def origin(config: InputConfig | TestConfig) -> Any:
 
     A local file is read whole when it is first met, then only after a change: see
         clusterlib.artifacts.digests.
+
+    Raises:
+        StrataError: files are missing or cannot be read.
     """
     if isinstance(config, TaskConfig):
         return task_content(config)
+    try:
+        return _origin(config)
+    except (OSError, pa.ArrowException) as error:
+        raise StrataError(f"{config.path}: cannot be read ({error})") from error
+
+
+def _origin(config: InputConfig | RetrievalTestConfig) -> Any:
     if config.format == "docstrings":
         return package_content(config.path)
     if isinstance(config, InputConfig) and _is_hub_name(config):
@@ -214,13 +224,10 @@ def origin(config: InputConfig | TestConfig) -> Any:
     else:
         assert isinstance(config, InputConfig)
         files = location.fs.get_file_info([split.file for split in splits(config)])
-    try:
-        return [
-            [info.base_name, content]
-            for info, content in zip(files, contents(location.fs, files), strict=True)
-        ]
-    except OSError as error:
-        raise StrataError(f"{config.path}: cannot be read ({error})") from error
+    return [
+        [info.base_name, content]
+        for info, content in zip(files, contents(location.fs, files), strict=True)
+    ]
 
 
 @functools.cache
@@ -304,10 +311,13 @@ def _select(table: pa.Table, columns: Columns, file: str, first_row: int) -> pa.
     topic = table[columns.topic] if columns.topic else pa.nulls(table.num_rows)
     if not is_text(topic.type):
         try:
+            if is_bytes(topic.type):  # which would be cast, as long as they happen to be UTF-8
+                raise pa.ArrowInvalid("bytes")
             topic = topic.cast(pa.string())
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
             raise StrataError(
-                f"columns.topic: {columns.topic!r} is {topic.type}, not a label; name another"
+                f"{file}: columns.topic: {columns.topic!r} is {topic.type}, not a label; name "
+                "another"
             ) from error
     return pa.table(
         {
@@ -376,8 +386,6 @@ def _load_dataset(config: InputConfig) -> Any:
             than `revision`.
     """
     from datasets import load_dataset, load_dataset_builder
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
 
     try:
         if not _is_hub_name(config):
@@ -394,7 +402,9 @@ def _load_dataset(config: InputConfig) -> Any:
             )
         builder.download_and_prepare()
         return builder.as_dataset(config.split)
-    except (DatasetsError, HTTPError, ValueError, OSError, RuntimeError) as error:
+    except StrataError:
+        raise
+    except Exception as error:  # noqa: BLE001 (its readers of files raise whatever they like)
         reason = next(iter(str(error).splitlines()), "")
         raise StrataError(
             f"{config.path}: the data set cannot be loaded ({type(error).__name__}: {reason})"

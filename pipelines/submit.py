@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from clusterlib.artifacts.credentials import redacted
 from clusterlib.errors import StrataError
 from pipelines import PACKAGES
 from pipelines.files import absolute
@@ -59,7 +60,7 @@ def submit(config: RunConfig, command: str, root: str, address: str) -> int:
             ),
             runtime_env={"working_dir": folder},
         )
-    print(f"submit: {job} on {address}")
+    print(f"submit: {job} on {redacted(address)}")
     asyncio.run(_follow(client, job))
     status = client.get_job_status(job)
     print(f"submit: {job} {status.value.lower()}")

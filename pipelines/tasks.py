@@ -16,6 +16,7 @@ import ray
 import ray.data
 
 from clusterlib.artifacts.artifact import Artifact
+from clusterlib.artifacts.credentials import redacted
 from clusterlib.artifacts.draft import Draft, Receipt
 from clusterlib.artifacts.storage import write
 from clusterlib.errors import StrataError
@@ -186,7 +187,7 @@ def told(draft: Draft, subject: str, name: str, call: Callable[[], Made]) -> Mad
     except Exception as error:  # noqa: BLE001
         path = f"{draft.root.path}/{ERRORS}/{draft.spec.name.replace('/', '-')}-{name}.txt"
         now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        text = f"{subject}\n{now}\n\n{traceback.format_exc()}"
+        text = redacted(f"{subject}\n{now}\n\n{traceback.format_exc()}")
         kept = f"its traceback is in {path}"
         try:
             write(draft.root.fs, path, text.encode(errors="backslashreplace"))
@@ -258,7 +259,7 @@ class ProgressLine:
     def __init__(self, label: str, num_tasks: int, num_done_before: int) -> None:
         self._label = label
         self._num_tasks = num_tasks
-        self._num_done = 0
+        self._num_done = self._num_shown = 0
         self._num_rows = 0
         self._since = self._shown = time.monotonic()
         self._terminal = sys.stderr.isatty()
@@ -277,10 +278,11 @@ class ProgressLine:
             self._show("\r" if self._terminal else "\n")
 
     def close(self) -> None:
-        if self._num_done:
+        if self._num_done > self._num_shown or (self._num_done and self._terminal):
             self._show("\n")
 
     def _show(self, end: str) -> None:
+        self._num_shown = self._num_done
         seconds = time.monotonic() - self._since
         left = seconds / self._num_done * (self._num_tasks - self._num_done)
         text = (

@@ -183,40 +183,8 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
     """Two sources of four leaves; some ids occur twice; with random teacher vectors if they have a
     width. Returns it and its rows in the order of the input."""
     generator = np.random.default_rng(seed)
-    token = pa.uint16()
-    schema = shards_schema(token)
     tree, _ = build(generator.standard_normal((4, 3)), np.ones(4))
-
-    def tokens(low, high):
-        lengths = generator.integers(low, high, num_rows)
-        return pa.array(
-            [[2, *generator.integers(4, 100, length).tolist(), 3] for length in lengths],
-            pa.list_(token),
-        )
-
-    sources = [str(generator.choice(["a", "b"])) for _ in range(num_rows)]
-    table = pa.Table.from_arrays(
-        [
-            pa.array(np.arange(num_rows, dtype=np.uint64)),
-            pa.array(sources),
-            pa.array(generator.integers(0, 4, num_rows), pa.int32()),
-            pa.array(generator.integers(0, num_rows // 2, num_rows).astype(np.uint64)),
-            pa.array(
-                np.uint64(2**63) + generator.integers(0, num_rows // 2, num_rows).astype(np.uint64)
-            ),
-            tokens(1, 6),
-            tokens(2, 20),
-        ],
-        schema=schema,
-    )
-    if teacher_width:
-        for side in ("query", "passage"):
-            vectors = generator.standard_normal((num_rows, teacher_width))
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            table = table.append_column(
-                f"teacher_{side}", fixed_size_list(vectors.astype(np.float16))
-            )
-        schema = table.schema
+    table = _random_rows(generator, num_rows, teacher_width)
     config = {
         "query_prompt": "",
         "passage_prompt": "",
@@ -225,22 +193,57 @@ def _shards(root, tokenizer_folder, num_rows=240, block_rows=64, seed=0, teacher
         "teacher_vectors": bool(teacher_width),
     }
     draft = Draft(Root(str(root)), Spec("shards", 1, {"shard": {**config, "seed": seed}}))
+    trees = [tree.to_table(source, [1] * 4) for source in ("a", "b")]
+    extra = [
+        draft.write("tree", "tree", TREE, trees),
+        *draft.write_folder("tokenizer", tokenizer_folder),
+    ]
+    receipts = [*_write_blocks(draft, table, block_rows), Receipt(extra)]
+    return draft.publish(receipts), table
+
+
+def _random_rows(generator, num_rows, teacher_width):
+    sources = [str(generator.choice(["a", "b"])) for _ in range(num_rows)]
+    leaves = generator.integers(0, 4, num_rows)
+    query_ids, passage_ids = generator.integers(0, num_rows // 2, (2, num_rows)).astype(np.uint64)
+    columns = [
+        pa.array(np.arange(num_rows, dtype=np.uint64)),
+        pa.array(sources),
+        pa.array(leaves, pa.int32()),
+        pa.array(query_ids),
+        pa.array(np.uint64(2**63) + passage_ids),
+        _random_tokens(generator, num_rows, 1, 6),
+        _random_tokens(generator, num_rows, 2, 20),
+    ]
+    if teacher_width:
+        columns += [_random_vectors(generator, num_rows, teacher_width) for _ in range(2)]
+    return pa.Table.from_arrays(columns, schema=shards_schema(pa.uint16(), teacher_width))
+
+
+def _random_tokens(generator, num_rows, low, high):
+    lengths = generator.integers(low, high, num_rows)
+    rows = [[2, *generator.integers(4, 100, length).tolist(), 3] for length in lengths]
+    return pa.array(rows, pa.list_(pa.uint16()))
+
+
+def _random_vectors(generator, num_rows, width):
+    vectors = generator.standard_normal((num_rows, width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return fixed_size_list(vectors.astype(np.float16))
+
+
+def _write_blocks(draft, table, block_rows):
+    """The receipt of each block of rows, with its shard and index."""
     receipts = []
-    for file, start in enumerate(range(0, num_rows, block_rows)):
+    for file, start in enumerate(range(0, table.num_rows, block_rows)):
         block = table.slice(start, block_rows)
         groups, runs = shardlib.group(block, file)
         parts = [
-            draft.write("shards", f"{start:06d}", schema, groups),
+            draft.write("shards", f"{start:06d}", table.schema, groups),
             draft.write("index", f"{file}", INDEX, [runs]),
         ]
         receipts.append(Receipt(parts, block.num_rows))
-    extra = [
-        draft.write(
-            "tree", "tree", TREE, [tree.to_table(source, [1] * 4) for source in ("a", "b")]
-        ),
-        *draft.write_folder("tokenizer", tokenizer_folder),
-    ]
-    return draft.publish([*receipts, Receipt(extra)]), table
+    return receipts
 
 
 @pytest.fixture

@@ -24,7 +24,10 @@ class TrainConfig(Config):
         None, ge=1, description="optimizer steps of the run; set this or epochs"
     )
     epochs: float | None = Field(
-        None, gt=0, description="epochs of the plan; with phases, their number of epochs added up"
+        None,
+        gt=0,
+        le=1_000_000,
+        description="epochs of the plan; with phases, their number of epochs added up",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,15 @@ from clusterlib.artifacts.artifact import Artifact
 from clusterlib.artifacts.tables import vectors
 from clusterlib.clusters.shards import ShardIndex, Shards
 from clusterlib.errors import StrataError
+from train.cache import building
 from train.loss import Pairs
 
 TOKENIZER = "tokenizer"  # folder of the tokenizer inside a `shards` artifact
 _IDS = ["query_id", "passage_id"]
 _TOKENS = ["query_tokens", "passage_tokens"]
 _TEACHER = ["teacher_query", "teacher_passage"]
-# Of sequence lengths, so that they suit tensor cores (NVIDIA, "Matrix Multiplication Background").
+# Sequence lengths are multiples of this, which suits tensor cores (NVIDIA, "Matrix Multiplication
+# Background").
 _PAD_MULTIPLE = 8
 
 
@@ -55,7 +57,7 @@ class _File:
     """The columns of one cached shard."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        # uint64 ids as int64 of the same bits: they are only compared.
+        # Ids are only compared, so int64 of the same bits stand for uint64, which torch lacks.
         self.pairs = {name: batch[name].to_numpy().view(np.int64) for name in _IDS}
         self.pairs |= {
             name: vectors(batch[name]) for name in _TEACHER if name in batch.schema.names
@@ -165,20 +167,18 @@ def _cache(artifact: Artifact, cache_dir: Path, teacher: bool) -> Path:
     suffix = "-teacher" if teacher else ""
     final = cache_dir / f"{artifact.fingerprint}-{artifact.manifest['digest']}{suffix}"
     if final.is_dir():
+        os.utime(final)  # `strata clean` asks when it was used last
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=final.parent, prefix=".building-"))
-    try:
+    with building(final.parent) as folder:
         for number, part in enumerate(artifact.parts()):
             table = artifact.read_part(part, columns).combine_chunks()
-            with pa.ipc.new_file(building / f"{number:06d}.arrow", table.schema) as writer:
+            with pa.ipc.new_file(folder / f"{number:06d}.arrow", table.schema) as writer:
                 writer.write_table(table)
-        building.rename(final)
-    except OSError:
-        if not final.is_dir():  # another process of this node may have been first
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        try:
+            folder.rename(final)
+        except OSError:
+            if not final.is_dir():  # another process of this node may have been first
+                raise
     return final
 
 

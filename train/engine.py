@@ -53,7 +53,7 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": rank_batch_size,
                 "gradient_accumulation_steps": 1,
-                # `backward` only adds up, and `step` reduces: what GradCache needs.
+                # `backward` only adds gradients up and `step` reduces them, as GradCache needs.
                 "managed_gradient_accumulation": False,
                 "gradient_clipping": config.max_gradient_norm if zero_stage else 0.0,
                 "zero_optimization": {
@@ -70,15 +70,15 @@ class Engine:
                     "lower_precision_safe_modules": [],
                 },
                 "steps_per_print": None,
-                # It would wait for the GPU in every forward pass.
+                # DeepSpeed's timer would wait for the GPU in every forward pass.
                 "timers": {"throughput": {"enabled": False}},
             },
         )
         self.model: Encoder = self._engine.module
         self._zero = self._engine.optimizer if zero_stage else None
-        # ZeRO ties weights to moments after the first update of the first parameter group alone, so
-        # those of the second must be there before. (A group now holds this rank's part of its
-        # weights, flat.)
+        # ZeRO ties all weights to their moments right after it updated the first parameter group,
+        # when those of the second would not exist yet. (By now a group holds this rank's part of
+        # its weights, flat.)
         start_moments(self._optimizer)
         if self._zero:
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -89,8 +89,7 @@ class Engine:
         def clip(*_: Any) -> None:
             self._norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
             if not math.isfinite(self._norm):
-                # AdamW passes over weights without a gradient; ZeRO leaves such an update out by
-                # itself.
+                # Without gradients AdamW changes nothing. ZeRO leaves such an update out by itself.
                 self._optimizer.zero_grad(set_to_none=True)
 
         self._optimizer.register_step_pre_hook(clip)
@@ -164,9 +163,9 @@ def _bucket_sizes(model: Encoder) -> dict[str, int]:
     2 GB whatever the student.
     """
     sizes = [weight.numel() for weight in model.parameters()]
-    # A weight larger than its bucket would go past it.
+    # A weight that does not fit into a bucket would be reduced outside it.
     size = max(*sizes, min(sum(sizes), _BUCKET_WEIGHTS))
-    # DeepSpeed wants the second even.
+    # DeepSpeed wants an even allgather_bucket_size.
     return {"reduce_bucket_size": size, "allgather_bucket_size": size + size % 2}
 
 

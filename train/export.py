@@ -41,7 +41,7 @@ def export(
         model.backbone.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         transformer = Transformer(scratch, max_seq_length=max_tokens)
-        drop_pooler(transformer.auto_model)  # loading made one up again, from random numbers
+        drop_pooler(transformer.auto_model)  # which loading made up, from random numbers
         pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=model.pooling)
         student = SentenceTransformer(
             modules=[transformer, pooling, Normalize()],

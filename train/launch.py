@@ -151,7 +151,7 @@ class _Failures(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, StrataError):
-                # Ray Train neither retries nor logs this type of error, and no other.
+                # The one type of error that Ray Train neither retries nor logs.
                 raise ray.train.ControllerError(error)
         self._num_failures += 1
         if self._num_failures <= self._max_failures:
@@ -238,7 +238,7 @@ def _worker(settings: Mapping[str, Any]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch has no type of its own for it.
+    # On the CPU torch raises a RuntimeError like any other.
     return isinstance(
         error, (MemoryError, torch.OutOfMemoryError)
     ) or "can't allocate memory" in str(error)
@@ -256,8 +256,7 @@ class _RayTrain:
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        # Not the one Ray Train remembers: that may be damaged, and then the one before it still
-        # serves.
+        # The one that Ray Train remembers may be damaged, and then the one before it still serves.
         found = ranks.from_first(
             checkpoint.latest(self._fs, self.checkpoints) if ranks.place()[0] == 0 else None
         )
@@ -271,8 +270,8 @@ class _RayTrain:
         if ranks.place()[0] == 0:
             self._lease.check()
         kept = ray.train.Checkpoint.from_directory(folder) if ranks.place()[0] == 0 else None
-        # A name is used once: Ray Train keeps count of a damaged one of the same step and deletes
-        # it later.
+        # Ray Train remembers a damaged checkpoint of this step too and deletes it later by its
+        # name, so a name is used once.
         name = f"step-{step:09d}-{time.time_ns()}"
         ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
 

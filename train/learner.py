@@ -280,7 +280,7 @@ class Learner:
                 }
             self._track({f"test/{row['task']}/{row['metric']}": row["value"] for row in rows})
             self._lines.on_test(progress)
-        # Not the process group's: a long test would be taken for a rank that hangs.
+        # The process group's barrier would take a long test for a rank that hangs.
         self.surroundings.wait_for_all()
 
     def _test(self) -> list[dict[str, Any]]:

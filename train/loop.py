@@ -49,7 +49,7 @@ def fit(
     num_steps = config.num_steps(plan)
     mining: Mining | None = None
     neighbors: np.ndarray | None = None
-    # Of the latest checkpoint, and of the latest that a step with a finite gradient followed.
+    # Steps of the latest checkpoint, and of the latest that a finite gradient followed.
     saved_step, good_step = progress.step, 0
     for step in range(progress.step, num_steps):
         started = time.perf_counter()

@@ -180,7 +180,7 @@ def contrast(
         for rows, columns, masks in directions
     ]
     loss = torch.stack([output.loss for output in outputs]).mean()
-    measures = outputs[0].measures.clone()  # of queries against passages in full width
+    measures = outputs[0].measures.clone()  # those of queries against passages in full width
     measures[LOSS] = loss.detach()
     return LossOutput(loss, measures)
 

@@ -220,8 +220,8 @@ STEPS = pa.schema([(measure.name, measure.type) for measure in MEASURES])
 
 _OF_PAIRS = {measure.name: measure for measure in MEASURES if measure.of_pairs}
 _SIZES = [_BINS if measure.type == _HISTOGRAM else 1 for measure in _OF_PAIRS.values()]
-NUM_VALUES = sum(_SIZES)  # M: the measures of pairs, one after the other
-LOSS = sum(_SIZES[: list(_OF_PAIRS).index("loss")])  # its place among these values
+NUM_VALUES = sum(_SIZES)  # M, of all measures of pairs, one after the other
+LOSS = sum(_SIZES[: list(_OF_PAIRS).index("loss")])  # the place of the loss among them
 
 
 def totals(scores: Scores) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from clusterlib.batches.neighbors import NOBODY, NeighborsConfig
 from clusterlib.batches.plan import Mining, Plan
 from clusterlib.errors import StrataError
 from train import ranks
+from train.cache import building
 from train.data import TokenStore
 from train.engine import Engine
 
@@ -69,7 +69,7 @@ class Miner:
                     f"{mining.step} are gone; delete this folder, and the run starts anew"
                 )
             receipt = self._mine(mining, name)
-        # By content: what an earlier try at this run left on a node may be of other weights.
+        # Named by content: what an earlier try at this run left on a node may be of other weights.
         digest = hashlib.sha256(
             "".join(part.sha256 for part in receipt.parts).encode()
         ).hexdigest()[:12]
@@ -133,11 +133,10 @@ class Miner:
         """
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         num_rows = sum(part.num_rows for part in receipt.parts)
         shape = (num_rows, self.plan.config.neighbors.num_ranks)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
-            table = np.lib.format.open_memmap(f"{folder}/table.npy", "w+", np.int64, shape)
+        with building(path.parent) as folder:
+            table = np.lib.format.open_memmap(folder / "table.npy", "w+", np.int64, shape)
             first = 0
             for part in receipt.parts:
                 with open_part(self.draft.root.fs, self.draft.path, part) as file:
@@ -145,7 +144,7 @@ class Miner:
                         table[first : first + batch.num_rows] = vectors(batch["neighbors"])
                         first += batch.num_rows
             table.flush()
-            Path(folder, "table.npy").rename(path)
+            (folder / "table.npy").rename(path)
         self.forget(path)
 
     def forget(self, needed: Path | None = None) -> None:

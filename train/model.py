@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class ModelRef(Config):
     )
 
     _read: ClassVar[tuple[str, ...]] = ("*",)
+    _first: ClassVar[tuple[str, ...]] = ("config.json", "modules.json")
     _needed: ClassVar[str] = "*.safetensors"
     _stated: ClassVar[str] = "model.safetensors"
     _has_weights: ClassVar[bool] = True
@@ -116,6 +118,11 @@ class ModelRef(Config):
 
     def _checked(self, folder: Path) -> dict[str, str]:
         """Path in the folder -> SHA-256 of what is read there."""
+        # Some other folder, such as / or a home, may hold more than can be walked.
+        if not any((folder / name).is_file() for name in self._first):
+            raise StrataError(
+                f"{folder}: no {' or '.join(self._first)} in it; it is not a complete model folder"
+            )
         found, pickled = {}, []
         for parent, _, names in os.walk(folder, followlinks=True):
             for name in names:
@@ -162,7 +169,7 @@ class ModelRef(Config):
     def _in_package(self) -> Path:
         module, _, inside = self.name.removeprefix(_PACKAGE).partition("/")
         top, *below = module.split(".")
-        try:  # only `top` is looked for: a name with dots would import what is before them
+        try:  # of `top` alone: for a dotted name it would import the packages that hold it
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
@@ -183,12 +190,12 @@ class TokenizerRef(ModelRef):
     tokenizer.
     """
 
-    # Without a class of its own in tokenizer_config.json, the model's config.json says what kind it
-    # is.
+    # Where tokenizer_config.json names no class, the model's config.json tells which it is.
     _read: ClassVar[tuple[str, ...]] = (
         *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
         *("config.json", "*.model", "*.spm", "*.tiktoken"),
     )
+    _first: ClassVar[tuple[str, ...]] = ("tokenizer.json",)
     _needed: ClassVar[str] = "tokenizer.json"
     _stated: ClassVar[str] = "tokenizer.json"
     _has_weights: ClassVar[bool] = False
@@ -249,16 +256,92 @@ else:
     PoolingName = Literal[tuple(POOLINGS)]
 
 
+def load_embedder(folder: Path, device: str | None = None, **model_kwargs: Any) -> Any:
+    """The sentence-transformers model in a folder; a plain encoder there is pooled by the mean.
+
+    Args:
+        device: by default a GPU where there is one.
+        model_kwargs: of the encoder, such as dtype.
+
+    Raises:
+        StrataError: the weights are not those of its architecture, or not finite.
+    """
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
+
+    with _weights_must_fit(folder):
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True, **model_kwargs},
+        )
+    for encoder in (getattr(part, "auto_model", None) for part in model):
+        if isinstance(encoder, PreTrainedModel):
+            # sentence-transformers does not hand on what transformers says of the weights.
+            _load_encoder(type(encoder), Path(encoder.name_or_path), config=encoder.config)
+    _check_finite(model, folder)
+    return model
+
+
+def _load_encoder(loader: Any, folder: Path, **settings: Any) -> Any:
+    """What transformers loads from a folder; all of its weights must be there.
+
+    Raises:
+        StrataError: some are not, and would be random, or their shapes are others.
+    """
+    with _weights_must_fit(folder):
+        encoder, found = loader.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+        )
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise StrataError(
+            f"{folder}: its weights lack {missing[0]}, one of {len(missing)} that its config.json "
+            "asks for, which would be random; fetch it again"
+        )
+    return encoder
+
+
+@contextlib.contextmanager
+def _weights_must_fit(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):  # what transformers says there, and its log more
+            raise
+        raise StrataError(
+            f"{folder}: its weights have other shapes than its config.json asks for; fetch it again"
+        ) from error
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise StrataError(
+                f"{folder}: its weight {name} holds values that are not finite; fetch it again, or "
+                "take an earlier checkpoint of it"
+            )
+
+
 class StudentConfig(Config):
     """The encoder that is trained."""
 
     model: ModelRef | None = Field(None, description="start from these weights")
-    architecture: dict[str, Any] | None = Field(
+    architecture: dict[str, JsonValue] | None = Field(
         None,
         description="start from random weights: a transformers configuration (model_type, "
         "hidden_size, ...); vocab_size and pad_token_id are the tokenizer's",
     )
-    pooling: PoolingName = Field("mean", description="how token states become one vector")
+    pooling: PoolingName = Field(
+        "mean",
+        description="how token states become one vector, by its name in sentence-transformers",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -360,20 +443,16 @@ def build_student(
     from transformers import AutoModel
 
     if config.model is not None:
-        backbone = AutoModel.from_pretrained(
-            config.model.folder(),
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-        )
+        folder = config.model.folder()
+        backbone = _load_encoder(AutoModel, folder, dtype=torch.float32)
+        _check_finite(backbone, folder)
     else:
         torch.manual_seed(seed)
         backbone = AutoModel.from_config(student_architecture(config, tokenizer, max_tokens))
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        # In place, so that weights keep their names; for any shape, since micro-batches differ in
-        # length.
+        # In place, so that weights keep their names; for any shape, as micro-batches differ in it.
         backbone.compile(dynamic=True)
     # A loaded model is in evaluation mode: without dropout, and heedless of checkpointing.
     return Encoder(backbone, config.pooling).train()

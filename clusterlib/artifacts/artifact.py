@@ -131,21 +131,30 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a local path or URI, patient where it is not local, and the path on it.
 
     Raises:
-        StrataError: neither pyarrow nor fsspec knows the scheme.
+        StrataError: neither pyarrow nor fsspec knows the scheme, it names no bucket, or its store
+            cannot be reached.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        import fsspec
-
-        try:
-            inner, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise StrataError(f"{uri}: no file system for it: {error}") from error
-        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
+        return _resolve_by_fsspec(uri, unknown)
+    except OSError as error:
+        raise StrataError(f"{uri}: cannot be reached ({error})") from error
+    if not path:
+        raise StrataError(f"{uri}: names no bucket")
     return patient(filesystem), path
+
+
+def _resolve_by_fsspec(uri: str, unknown: Exception) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    try:
+        inner, path = fsspec.core.url_to_fs(uri)
+    except Exception as error:  # noqa: BLE001 (file systems of others raise whatever they like)
+        raise StrataError(f"{uri}: no file system for it: {unknown}; fsspec: {error}") from error
+    return patient(pafs.PyFileSystem(pafs.FSSpecHandler(inner))), path
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,15 @@ class Root:
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def check_readable(self) -> None:
+        """Raise StrataError for what is no folder, or cannot be reached; it need not be there."""
+        try:
+            self.fs.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        except (OSError, pa.ArrowException) as error:
+            raise StrataError(
+                f"--root {self.uri}: cannot be read ({error}); name a folder"
+            ) from error
 
     def check_writable(self) -> None:
         """Raise StrataError where nothing can be written."""
@@ -378,18 +396,22 @@ class Artifact:
         `into`.
 
         Raises:
-            StrataError: a file is missing, or differs from what was written.
+            StrataError: a file differs from what was written.
         """
-        self.verify(table)
+        source = self.folder(table)
         if self.root.is_local:
-            return Path(self.folder(table))
-        into.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(
-            self.folder(table),
-            str(into),
-            source_filesystem=self.root.fs,
-            destination_filesystem=pafs.LocalFileSystem(),
-        )
+            into = Path(source)
+        else:
+            into.mkdir(parents=True, exist_ok=True)
+            pafs.copy_files(
+                source,
+                str(into),
+                source_filesystem=self.root.fs,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
+        for part in self.parts(table):
+            with (into / part.path.partition("/")[2]).open("rb") as stream:
+                self._compare(part, hashlib.file_digest(stream, "sha256").hexdigest())
         return into
 
     def check(self) -> dict[str, pafs.FileInfo]:
@@ -412,26 +434,23 @@ class Artifact:
                 )
         return found
 
-    def verify(self, table: str | None = None) -> None:
-        """Read every part, or those of one table, and compare them with the manifest.
+    def verify(self) -> None:
+        """Read every part and compare it with the manifest.
 
         Raises:
             StrataError: a part is missing, or differs from what was written.
         """
-        remedy = f"delete {self.path} and run its stage again"
+        self.check()
         for part in (Part(**part) for part in self.manifest["parts"]):
-            if table not in (None, part.table):
-                continue
-            path = f"{self.path}/{part.path}"
-            try:
-                with self.root.fs.open_input_stream(path) as stream:
-                    digest = hashlib.file_digest(_Readable(stream), "sha256").hexdigest()
-            except FileNotFoundError as error:
-                raise StrataError(f"{path}: named in the manifest but missing; {remedy}") from error
-            if digest != part.sha256:
-                raise StrataError(
-                    f"{path}: its bytes differ from those the manifest names; {remedy}"
-                )
+            with self.root.fs.open_input_stream(f"{self.path}/{part.path}") as stream:
+                self._compare(part, hashlib.file_digest(_Readable(stream), "sha256").hexdigest())
+
+    def _compare(self, part: Part, sha256: str) -> None:
+        if sha256 != part.sha256:
+            raise StrataError(
+                f"{self.path}/{part.path}: its bytes differ from those the manifest names; delete "
+                f"{self.path} and run its stage again"
+            )
 
 
 class _Readable:

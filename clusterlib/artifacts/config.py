@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_origin
@@ -13,13 +14,18 @@ from typing import Any, Self, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clusterlib.artifacts.credentials import redacted, remedy
 from clusterlib.errors import StrataError
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class Config(BaseModel):
     """Base of every settings model: frozen, strict about names, documented on the field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     def content(self) -> dict[str, Any]:
         """The settings that change what is made, as plain data; fields made by `runtime` are left
@@ -122,6 +128,59 @@ def fingerprint(value: Any) -> str:
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
+class _Loader(yaml.SafeLoader):
+    """yaml.SafeLoader, but that a key given twice is an error: of the two it would take the
+    last.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # What was merged in (`<<`) may well be given again; it is not among the keys yet.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in lines:
+                    raise yaml.YAMLError(
+                        f"line {line} gives {key.value!r} a second time, after line "
+                        f"{lines[key.value]}; remove one"
+                    )
+                lines[key.value] = line
+        return node
+
+
+def _load(text: str, origin: str) -> Any:
+    """The data of a YAML text.
+
+    Raises:
+        StrataError: it is not YAML, or no plain data.
+    """
+    try:
+        data = _Loader(text).get_single_data()
+        _check_scalars(data)
+    except RecursionError as error:
+        raise StrataError(f"{origin}: nested too deep, or holds itself") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise StrataError(f"{origin}: not valid YAML: {error}") from error
+    except (LookupError, AttributeError) as error:  # of a parser given what its tag does not fit
+        raise StrataError(f"{origin}: a tag (such as !!int) does not fit its value") from error
+    return data
+
+
+def _check_scalars(value: Any) -> None:
+    """Raise ValueError for what no file system, file format or fingerprint would take."""
+    if isinstance(value, Mapping):
+        for item in (*value, *value.values()):
+            _check_scalars(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_scalars(item)
+    elif isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"an integer of {value.bit_length()} bits, where 64 are taken")
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError(f"{value!r} holds a NUL character or half of a surrogate pair")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping.
 
@@ -129,11 +188,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         StrataError: the file is missing, is not YAML or holds no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise StrataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise StrataError(f"{path}: not valid YAML: {error}") from error
+    data = _load(text, str(path))
     if not isinstance(data, dict):
         raise StrataError(f"{path}: must hold a mapping of settings, not {type(data).__name__}")
     return data
@@ -150,10 +210,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or not name:
             raise StrataError(f"{word!r}: an override is written name.of.setting=value")
-        try:
-            overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise StrataError(f"{word!r}: the value is not valid YAML: {error}") from error
+        overrides[name] = _load(text, repr(word))
     return overrides
 
 
@@ -170,7 +227,7 @@ def override(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
         for depth, name in enumerate([*parents, last]):
             here = ".".join(dotted.split(".")[:depth]) or "the recipe"
             if isinstance(node, list):
-                if not name.isdigit() or int(name) >= len(node):
+                if not name.isdecimal() or int(name) >= len(node):
                     raise StrataError(
                         f"{dotted}: {here} is a list of {len(node)}; {name!r} is no index of it"
                     )
@@ -204,14 +261,34 @@ def validate(cls: type[ConfigType], data: Mapping[str, Any], origin: str) -> Con
         origin: what the settings were read from, for the message.
 
     Raises:
-        StrataError: one line per fault: the dotted name, what is wrong and, for an unknown setting,
-            the nearest known one.
+        StrataError: a URI holds credentials; or one line per fault: the dotted name, what is wrong
+            and, for an unknown setting, the nearest known one.
     """
+    for name, text in _texts(data):
+        refuse_credentials(f"{origin}: {name}", text)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
         lines = [_explain(cls, fault) for fault in error.errors()]
         raise StrataError(f"{origin}: " + "\n".join(lines)) from error
+
+
+def refuse_credentials(name: str, text: str) -> None:
+    """Raise StrataError where a URI in a setting or an option holds credentials."""
+    if redacted(text) != text:
+        raise StrataError(f"{name}: {redacted(text)} holds credentials; {remedy(text)}")
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of all texts inside nested settings, keys among them."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            inner = f"{name}.{key}" if name else f"{key}"
+            yield inner, str(key)
+            yield from _texts(item, inner)
 
 
 def _explain(cls: type[Config], fault: Any) -> str:

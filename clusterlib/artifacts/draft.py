@@ -195,7 +195,7 @@ class Draft:
         """
         made = self.root.peek(self.spec.name)
         if made is not None:
-            self._sweep(made, made.check())
+            remove(self.root.fs, unnamed(made, made.check()))
         return made
 
     def unless_made(self, call: Callable[[], Made]) -> Made | Artifact:
@@ -257,9 +257,8 @@ class Draft:
         replace a manifest that came meanwhile, and name files that were swept: `find` tells.
         """
         path = f"{self.path}/{MANIFEST}"
-        with contextlib.suppress(
-            FileExistsError, FileNotFoundError
-        ):  # one stands; or did, see above
+        # One stands; or this one was swept before it had its name, because one stands.
+        with self._room(), contextlib.suppress(FileExistsError, FileNotFoundError):
             if create(self.root.fs, path, manifest):
                 return
             while self.root.peek(self.spec.name) is None:
@@ -282,8 +281,7 @@ class Draft:
         if num_rows_in != num_rows_out + sum(rejects.values()):
             raise RuntimeError(
                 f"{self.spec.name}: {num_rows_in} rows in, {num_rows_out} out and "
-                f"{sum(rejects.values())} "
-                "refused; rows were lost or made up"
+                f"{sum(rejects.values())} refused; rows were lost or made up"
             )
         return {
             "kind": self.spec.kind,
@@ -303,17 +301,6 @@ class Draft:
             "commit": commit(),
             "created_utc": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         }
-
-    def _sweep(self, made: Artifact, there: Mapping[str, pafs.FileInfo]) -> None:
-        """Delete what the finished artifact does not name."""
-        keep = {MANIFEST, *(part["path"] for part in made.manifest["parts"])}
-        keep |= {str(parent) for path in keep for parent in PurePosixPath(path).parents}
-        unnamed = there.keys() - keep
-        tops = [path for path in unnamed if str(PurePosixPath(path).parent) not in unnamed]
-        # A receipt goes before the parts it names: what is left of a sweep that is killed is never
-        # a receipt of parts that are gone.
-        for path in sorted(tops, key=lambda path: path != _RECEIPTS):
-            delete(self.root.fs, there[path])
 
     def _replace(
         self, path: str, fill: Callable[[_DigestingSink], object]
@@ -345,6 +332,7 @@ class Draft:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
+        """Say so where the file system is full."""
         try:
             yield
         except OSError as error:
@@ -354,6 +342,24 @@ class Draft:
                 f"--root {self.root.uri}: no space is left there; free some and run the same "
                 "command again, what is finished is kept"
             ) from error
+
+
+def unnamed(made: Artifact, entries: Mapping[str, pafs.FileInfo]) -> dict[str, pafs.FileInfo]:
+    """What an artifact's manifest does not name, of what is in its folder."""
+    named = {MANIFEST, *(part["path"] for part in made.manifest["parts"])}
+    named |= {str(parent) for path in named for parent in PurePosixPath(path).parents}
+    return {path: info for path, info in entries.items() if path not in named}
+
+
+def remove(fs: pafs.FileSystem, entries: Mapping[str, pafs.FileInfo]) -> None:
+    """Delete files and folders of an artifact's or a draft's folder, given by their paths there.
+
+    The manifest goes first and receipts next: what a process that is killed leaves never names what
+    is gone.
+    """
+    tops = [path for path in entries if str(PurePosixPath(path).parent) not in entries]
+    for path in sorted(tops, key=lambda path: (path != MANIFEST, path != _RECEIPTS)):
+        delete(fs, entries[path])
 
 
 class _DigestingSink:

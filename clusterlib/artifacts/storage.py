@@ -87,6 +87,15 @@ def write(fs: pafs.FileSystem, path: str, data: bytes) -> None:
                 raise
 
 
+def now_seconds(fs: pafs.FileSystem, folder: str) -> float:
+    """The time by the clock that the store gives files their times by; 0 where it gives none."""
+    path = f"{folder}/.probe-{uuid.uuid4().hex}"
+    write(fs, path, b"")
+    info = fs.get_file_info(path)
+    fs.delete_file(path)
+    return (info.mtime_ns or 0) / 1e9
+
+
 def create(fs: pafs.FileSystem, path: str, data: bytes) -> bool:
     """Write a file, whole, unless there is one, however many try at once.
 

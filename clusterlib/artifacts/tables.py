@@ -76,6 +76,37 @@ TESTS = pa.schema(
 )
 
 
+# How many texts of each test occur in what is trained on: a row for its queries, its judged
+# passages and all its passages. Null is what was not counted.
+CONTAMINATION = pa.schema(
+    [
+        ("test", pa.string()),
+        ("hold_out", pa.string()),
+        ("texts", pa.string()),
+        ("num_texts", pa.int64()),
+        ("num_exact", pa.int64()),  # a query or passage of a pair is the text, once normalised
+        ("num_near", pa.int64()),  # of the others, those that share a long run of words with one
+        ("num_short", pa.int64()),  # too short to share one, so not compared
+    ]
+)
+
+# The queries and judged passages of tests that occur, with one of the pairs that each occurs in.
+MATCHES = pa.schema(
+    [
+        ("test", pa.string()),
+        ("texts", pa.string()),
+        ("text", pa.string()),
+        ("match", pa.string()),  # exact or near
+        ("shared", pa.string()),  # the run of words, where it is near
+        ("source", pa.string()),  # of the pair, as the columns below are
+        ("side", pa.string()),  # query or passage
+        ("training_text", pa.string()),
+        ("file", pa.string()),  # part of the embeddings
+        ("row", pa.int64()),
+    ]
+)
+
+
 def neighbors_schema(width: int) -> pa.Schema:
     """For every row, in leaf order, the numbers of `width` others, nearest first: see
     clusterlib.batches.neighbors.
@@ -234,6 +265,21 @@ def is_text(kind: pa.DataType) -> bool:
     return any(
         test(kind)
         for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes, however it is laid out."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+            pa.types.is_fixed_size_binary,
+        )
     )
 
 

@@ -70,7 +70,7 @@ class BatchingConfig(FillConfig):
         description="a curriculum: parts of the run, in order, each with a strategy and k; by "
         "default one",
     )
-    source_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+    source_weights: dict[str, Annotated[float, Field(gt=0, le=1_000_000)]] = Field(
         {},
         description="source -> how often an epoch visits its batches: 2 repeats each of its rows, "
         "0.5 visits half of them and leaves the others to the next epoch; by default 1",

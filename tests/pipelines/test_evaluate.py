@@ -76,7 +76,8 @@ def test_scores_equal_a_second_implementation_on_the_same_run(
     assert scores["local", "recall_at_100"] == 1.0  # 24 passages in all
     assert scores["mean", "ndcg_at_10"] == scores["local", "ndcg_at_10"]
 
-    stored = json.loads(Path(made.path, made.parts("mteb")[0].path).read_text())
+    (result,) = made.parts("mteb")
+    stored = json.loads(Path(made.path, result.path).read_text())
     assert stored["scores"]["test"][0]["ndcg_at_10"] == scores["local", "ndcg_at_10"]
     (again,) = find_or_make(STAGE, [spec], root)
     assert again.manifest == made.manifest

@@ -1,5 +1,6 @@
 """The whole job, through the command line: to the end, again, and killed midway."""
 
+import dataclasses
 import doctest
 import json
 import re
@@ -19,10 +20,12 @@ from clusterlib.artifacts.artifact import Root
 from clusterlib.batches.plan import Plan
 from clusterlib.clusters.shards import Shards, read_range
 from clusterlib.errors import StrataError
+from pipelines import report
 from pipelines.cli import main
 from pipelines.evaluate import mean_score
 from pipelines.recipe import load_recipe
 from pipelines.run import Run
+from pipelines.stage import find_or_make
 
 
 def digests(root):
@@ -77,6 +80,7 @@ def test_the_run_makes_every_artifact_and_prints_the_scores(finished):
         "embeddings": 1,
         "centroids": 1,
         "shards": 1,
+        "contamination": 1,
         "model": 2,
         "scores": 3,
         "report": 1,
@@ -224,6 +228,8 @@ def test_the_report_is_one_file_that_says_what_ran(finished):
         "max_workers",
         "tests in the loop",
         "skipped",
+        "Found in training: of 24 queries 0 exactly",
+        "Looked through: 160 pairs.",
     ):
         assert word in html, word
 
@@ -300,7 +306,17 @@ def test_a_run_on_an_object_store_makes_the_same(finished, recipe, pairs_file, b
             if name.startswith(f"{artifact.kind}/")
         )
     assert sorted(kinds) == sorted(
-        ["pairs", "embeddings", "centroids", "shards", "model", "scores", "scores", "report"]
+        [
+            "pairs",
+            "embeddings",
+            "centroids",
+            "shards",
+            "contamination",
+            "model",
+            "scores",
+            "scores",
+            "report",
+        ]
     )
 
 
@@ -315,6 +331,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, recipe, tmp_path):
         ("embeddings", "receipts/*"),
         ("centroids", "receipts/*"),
         ("shards", "receipts/*"),
+        ("contamination", "receipts/*"),
         ("model", "checkpoints/step-*"),
         ("scores", "manifest.json"),
     ):
@@ -386,6 +403,64 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
     assert names[0] == names[1]
 
 
+def test_a_test_more_makes_its_shards_and_no_vector_and_shows_what_is_contaminated(
+    finished, recipe, tmp_path, pairs_file
+):
+    """A test whose texts are trained on: what it holds out, and what is found where it does not."""
+    root, _, _ = finished
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()[:9]]
+    (tmp_path / "qrels").mkdir()
+    for name, side in (("corpus", "passage"), ("queries", "query")):
+        lines = [json.dumps({"_id": f"{n}", "text": row[side]}) for n, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    judged = "".join(f"{n}\t{n}\t1\n" for n in range(3))
+    (tmp_path / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    stages = ("ingest", "embed", "cluster", "shard", "contamination")
+
+    def run(policy, *stages):
+        test = f"{{name: known, format: beir, path: {tmp_path}, hold_out: {policy}}}"
+        local = load_recipe(str(recipe), {}).evaluate.tests[0].path
+        tests = f"evaluate.tests=[{{name: local, format: beir, path: {local}}}, {test}]"
+        before = {artifact.name for artifact in root.artifacts()}
+        output = ""
+        for stage in stages:
+            words = [stage, str(recipe), tests, "--root", root.uri]
+            result = CliRunner().invoke(main, words)
+            assert result.exit_code == 0, result.output
+            output += result.stdout
+        made = [artifact for artifact in root.artifacts() if artifact.name not in before]
+        return {artifact.kind: artifact for artifact in made}, output
+
+    for policy, num_held_out in (("corpus", 9), ("judged", 3)):
+        made, output = run(policy, *stages)
+        assert set(made) == {"shards", "contamination"}
+        assert sum(made["shards"].manifest["rejects"].values()) == num_held_out
+        assert made["shards"].manifest["num_rows_in"] == 160
+        assert re.search(rf"known +{policy} +queries +3 +0 ", output), output
+    made, output = run("none", *stages)
+    assert set(made) == {"contamination"}  # the shards are those of the recipe without it
+    assert re.search(r"known +none +queries +3 +3 ", output)
+    assert re.search(r"known +none +all passages +9 +9 ", output)
+    shown = CliRunner().invoke(main, ["inspect", made["contamination"].name, "--root", root.uri])
+    assert re.search(r"known +none +judged passages +3 +3 ", shown.output)
+    assert f"known, queries: {rows[0]['query']!r}\n  is the same as the query" in shown.output
+
+    (spec,) = Run(load_recipe(str(recipe), {}), root).specs("report")
+    tests = [
+        load_recipe(str(recipe), {}).evaluate.tests[0].model_dump(),
+        {"name": "known", "format": "beir", "path": str(tmp_path), "hold_out": "none"},
+    ]
+    (table,) = Run(load_recipe(str(recipe), {"evaluate.tests": tests}), root).specs("contamination")
+    assert table.name == made["contamination"].name
+    spec = dataclasses.replace(spec, inputs={**spec.inputs, "contamination.cluster": table})
+    (told,) = find_or_make(report.STAGE, [spec], root)
+    html = " ".join(Path(told.path, told.parts()[0].path).read_text().split())
+    assert "<h3>random</h3>" in html and "<h3>cluster</h3>" in html
+    assert "of 27 queries 3 exactly and 0 nearly" in html
+    assert '<td>known</td><td class="text">none</td><td class="text">judged passages</td>' in html
+    assert rows[0]["passage"] in html
+
+
 @pytest.mark.parametrize(
     ("change", "changed"),
     [
@@ -400,16 +475,18 @@ def test_the_same_files_in_another_folder_are_the_same_pairs(recipe, tmp_path, p
 def test_a_test_shapes_no_data_before_the_shards_and_these_by_what_it_holds_out(
     recipe, change, changed
 ):
+    alone = {"arms": {}, "evaluate.references": {}}
     before, after = (
-        Run(load_recipe(str(recipe), {"evaluate.references": {}, **changes}), Root("nowhere"))
+        Run(load_recipe(str(recipe), {**alone, **changes}), Root("nowhere"))
         for changes in ({}, change)
     )
-    kinds = {"pairs", "embeddings", "centroids", "shards"}
-    assert changed == {
+    kinds = ("pairs", "embeddings", "centroids", "shards", "model")
+    same = {
         kind
         for kind in kinds
-        if [spec.name for spec in before.specs(kind)] != [spec.name for spec in after.specs(kind)]
+        if [spec.name for spec in before.specs(kind)] == [spec.name for spec in after.specs(kind)]
     }
+    assert set(kinds) - same == (changed | {"model"} if changed else set())
 
 
 def test_hub_models_of_every_arm_are_pinned_to_their_own_commit(recipe, tmp_path, monkeypatch):

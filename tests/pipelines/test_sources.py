@@ -82,11 +82,14 @@ def test_inputs_on_another_file_system(table):
     assert rows_of(lines)[0] == [("q4", "p4", None)]
 
 
-def test_a_topic_that_is_no_label_is_refused(tmp_path):
+@pytest.mark.parametrize(("topic", "kind"), [([{"a": 1}], "list<.*"), (b"text", "binary")])
+def test_a_topic_that_is_no_label_is_refused(tmp_path, topic, kind):
     pq.write_table(
-        pa.table({"query": ["q"], "passage": ["p"], "topic": [[{"a": 1}]]}), tmp_path / "a.parquet"
+        pa.table({"query": ["q"], "passage": ["p"], "topic": [topic]}), tmp_path / "a.parquet"
     )
-    with pytest.raises(StrataError, match="columns.topic: 'topic' is list<.*not a label"):
+    with pytest.raises(
+        StrataError, match=rf"a\.parquet: columns\.topic: 'topic' is {kind}, not a label"
+    ):
         rows_of(config("a.parquet", format="parquet", columns=Columns(topic="topic")), tmp_path)
 
 
@@ -180,6 +183,10 @@ def test_hugging_face_data_sets_by_local_folder(tmp_path, table):
         )
     with pytest.raises(StrataError, match="set: the data set cannot be loaded"):
         rows_of(config("set", format="huggingface", split="nope", columns=COLUMNS), tmp_path)
+    (tmp_path / "set" / "train.parquet").rename(tmp_path / "set" / "train.jsonl")
+    (tmp_path / "set" / "train.jsonl").write_bytes(b"")
+    with pytest.raises(StrataError, match=r"set: the data set cannot be loaded \(StopIteration"):
+        rows_of(config("set", format="huggingface", columns=COLUMNS), tmp_path)
 
 
 def test_a_changed_file_is_another_origin(tmp_path, table):

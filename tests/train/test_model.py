@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 import train.model as model_module
 from clusterlib.artifacts.config import fingerprint
@@ -18,6 +18,7 @@ from train.model import (
     StudentConfig,
     TokenizerRef,
     build_student,
+    load_embedder,
     student_architecture,
 )
 
@@ -242,9 +243,20 @@ def test_a_tokenizer_from_the_hub_comes_without_weights(monkeypatch, tokenizer_f
     assert wanted == {"config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model"}
 
 
-def test_a_folder_without_weights_is_refused(tokenizer_folder):
-    with pytest.raises(StrataError, match=r"no \*\.safetensors in it"):
+def test_a_folder_without_weights_is_refused(tokenizer_folder, encoder_folder, tmp_path):
+    with pytest.raises(StrataError, match=r"no config\.json or modules\.json in it"):
         ModelRef(name=str(tokenizer_folder)).folder()
+    with pytest.raises(StrataError, match=r"no tokenizer\.json in it"):
+        TokenizerRef(name=str(tmp_path)).folder()
+    shutil.copy(encoder_folder / "config.json", tmp_path)
+    with pytest.raises(StrataError, match=r"no \*\.safetensors in it"):
+        ModelRef(name=str(tmp_path)).folder()
+
+
+def test_a_folder_that_is_no_model_is_not_walked(monkeypatch):
+    monkeypatch.setattr("os.walk", lambda *_, **__: pytest.fail("walked"))
+    with pytest.raises(StrataError, match="/: no config.json or modules.json in it"):
+        ModelRef(name="/").content()
 
 
 def test_pickled_weights_are_no_weights(encoder_folder, tmp_path):
@@ -253,6 +265,60 @@ def test_pickled_weights_are_no_weights(encoder_folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(StrataError, match="not a complete model folder"):
         ModelRef(name=str(folder)).folder()
+
+
+def random_bytes(weights):
+    return os.urandom(5000)
+
+
+def cut_short(weights):
+    return save(weights)[:-5]
+
+
+def not_finite(weights):
+    weights["encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
+    return save(weights, {"format": "pt"})
+
+
+def other_names(weights):
+    return save({f"x.{name}": weight for name, weight in weights.items()}, {"format": "pt"})
+
+
+def other_shapes(weights):
+    return save({name: weight[:1].clone() for name, weight in weights.items()}, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (random_bytes, "no whole safetensors file"),
+        (cut_short, "no whole safetensors file"),
+        (not_finite, r"encoder\.layer\.1\.output\.dense\.weight holds values that are not finite"),
+        (other_names, "its weights lack embeddings"),
+        (other_shapes, "its weights have other shapes than its config.json asks for"),
+    ],
+)
+def test_weights_full_of_garbage_are_refused(
+    teacher_folder, encoder_folder, tokenizer_folder, tmp_path, spoil, message
+):
+    for source in (teacher_folder, encoder_folder):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        path = folder / "model.safetensors"
+        path.write_bytes(spoil(load_file(path)))
+        with pytest.raises(StrataError, match=message):
+            load_embedder(ModelRef(name=str(folder)).folder(), "cpu")
+    student = StudentConfig(model=ModelRef(name=str(folder)))
+    with pytest.raises(StrataError, match=message):
+        build_student(student, TokenizerRef(name=str(tokenizer_folder)).load(), 16, seed=0)
+
+
+def test_a_pooler_that_is_missing_is_not_missed(encoder_folder, tmp_path):
+    shutil.copytree(encoder_folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = {name: weight for name, weight in load_file(path).items() if "pooler" not in name}
+    path.write_bytes(save(weights, {"format": "pt"}))
+    load_embedder(tmp_path / "model", "cpu")
 
 
 def test_a_wrong_digest_is_refused(encoder_folder):

@@ -64,7 +64,7 @@ def test_a_schedule_that_does_not_fit_is_refused():
 def test_the_settings_name_and_describe_every_schedule():
     described = OptimizerConfig.model_fields["schedule"].description
     assert all(f"{name}: {entry.description}" in described for name, entry in SCHEDULES.items())
-    with pytest.raises(ValueError, match="Input should be 'linear', 'cosine'"):
+    with pytest.raises(ValueError, match="Input should be .*'wsd'"):
         OptimizerConfig(learning_rate=0.1, schedule="square")
 
 

@@ -1,6 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import Field
 
 from clusterlib.artifacts.config import (
@@ -106,3 +109,54 @@ def test_yaml_faults_name_the_file(tmp_path):
     (tmp_path / "code.yaml").write_text("a: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(StrataError, match="not valid YAML"):
         read_yaml(tmp_path / "code.yaml")
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("cluster:\n  k: 1\n  field: both\n  k: 2\n")
+    with pytest.raises(StrataError, match=r"twice\.yaml: .* line 4 gives 'k' a second time, after"):
+        read_yaml(path)
+    path.write_text("a: 1\nb: {c: [{x: 1, x: 1}]}\n")
+    with pytest.raises(StrataError, match="line 2 gives 'x' a second time"):
+        read_yaml(path)
+    with pytest.raises(StrataError, match="line 1 gives 'a' a second time"):
+        parse_overrides(["cluster={a: 1, a: 2}"])
+    path.write_text("one: &one {k: 1, j: 1}\ntwo: {deep: &two {<<: *one, k: 2}}\nsix: {<<: *two}\n")
+    assert read_yaml(path) == yaml.safe_load(path.read_text())  # what is merged in may be set again
+
+
+YAML_TEXT = st.one_of(
+    st.text(st.sampled_from("ab0:1- \n[]{},&*!|>'\"?%#~.")),
+    st.sampled_from(["1", "2001-01-01", "2001-13-01", "0b1", "1e3", "190:20:30", "<<", ".inf"]).map(
+        "a: {}".format
+    ),
+    st.sampled_from(["int", "float", "bool", "timestamp", "binary", "set", "omap"]).flatmap(
+        lambda tag: st.sampled_from(["x", "", "''", "[1]", "{a: 1}"]).map(f"!!{tag} {{}}".format)
+    ),
+    st.binary(max_size=8).map(lambda data: data.decode(errors="surrogateescape")),
+    st.just("a: &a [*a]"),
+    st.sampled_from([3, 2000]).map(lambda depth: "[" * depth + "]" * depth),
+    st.sampled_from([19, 20, 21, 6000]).map(lambda digits: "9" * digits),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(YAML_TEXT)
+def test_any_text_is_what_safe_load_makes_of_it_or_one_message(text):
+    try:
+        found = parse_overrides([f"x={text}"])["x"]
+    except StrataError:
+        return
+    assert repr(found) == repr(yaml.safe_load(text))  # nan is not equal to itself
+
+
+def test_credentials_are_refused_and_never_quoted():
+    for text in ("s3://key:secret@bucket/in", "see s3://b/x?secret_key=secret&region=r"):
+        for data in ({"name": text}, {"items": [{"k": text}]}, {text: 1}):
+            with pytest.raises(StrataError, match="AWS_SECRET_ACCESS_KEY") as caught:
+                validate(Outer, data, "recipe.yaml")
+            assert "recipe.yaml: " in str(caught.value) and "***" in str(caught.value)
+            assert "secret" not in str(caught.value).replace("secret_key", "")
+    with pytest.raises(StrataError, match="not valid YAML") as caught:
+        parse_overrides(["data='s3://key:secret@bucket"])
+    assert "secret" not in str(caught.value)
